@@ -2,10 +2,10 @@
 
     python -m alexnet_ddp.data.demo DST
 
-Colours say nothing about the class: figure and ground come from one distribution, and position, size, noise
-and lighting vary, so that only shape tells the classes apart. A mirrored picture keeps its class; only the two
-kinds of stripes would change theirs when turned. A few files are grey, progressive or stored turned with an
-EXIF orientation, as among photographs.
+Colours say nothing about the class: figure and ground come from one distribution, and position, size,
+noise and lighting vary, so that only shape tells the classes apart. A mirrored picture keeps its class; only
+the two kinds of stripes would change theirs when turned. A few files are grey, progressive or stored turned
+with an EXIF orientation, as among photographs.
 """
 
 from __future__ import annotations
