@@ -1,0 +1,1 @@
+"""From files to batches: where samples lie, their order, their pixels."""
