@@ -20,10 +20,10 @@ class Picture(Protocol):
 
 
 def download_cifar10(destination: Path, *, archive_dir: Path | None = None) -> Path:
-    """Writes `destination`/{train,test}/CLASS/NNNNN.png: 50,000 and 10,000 images of 32x32. Returns `destination`.
+    """Writes `destination`/{train,test}/CLASS/NNNNN.png, 50,000 and 10,000 images of 32x32, and returns it.
 
-    The archive (170 MB) is kept in `archive_dir`, by default below the cache directory; one that lies there already
-    is used. UserError without a network, or if `destination` holds something else.
+    The archive (170 MB) is kept in `archive_dir`, by default below the cache directory; one that lies there
+    already is used. UserError without a network, or if `destination` holds something else.
     """
     if _is_done(destination):
         return destination
@@ -38,8 +38,8 @@ def download_cifar10(destination: Path, *, archive_dir: Path | None = None) -> P
 def write_splits(splits: dict[str, Any], destination: Path) -> None:
     """Writes data sets as folders, all or nothing.
 
-    `splits`: directory name -> iterable of (PIL image, label) with the class names in `.classes`. A picture's number
-    is its position in the data set. UserError if the disk is full or can't be written.
+    `splits`: directory name -> iterable of (PIL image, label) with the class names in `.classes`. A picture's
+    number is its position in the data set. UserError if the disk is full or can't be written.
     """
     _require_free(destination)
     try:
@@ -80,7 +80,7 @@ def _fetch(archive_dir: Path, *, train: bool) -> Any:
 
 
 def _is_done(destination: Path) -> bool:
-    return all((destination / name).is_dir() for name in ("train", "test"))
+    return all((destination / name / "airplane").is_dir() for name in ("train", "test"))
 
 
 def _require_free(destination: Path) -> None:

@@ -52,7 +52,7 @@ def cache_path(source: Source, cache_dir: Path) -> Path:
 def load(path: Path, source: Source) -> Scan | None:
     """The kept scan, or None where there is none that can be trusted."""
     try:
-        with np.load(path, allow_pickle=False) as stored:  # zip: each column is checked by its CRC
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:  # zip: CRC of each column
             meta = json.loads(stored["meta"].tobytes())
             if meta["schema"] != SCHEMA or meta["source"] != _source_facts(source):
                 return None

@@ -96,7 +96,7 @@ def _flat(listing: Listing, source: Source, base: bytes) -> UserError:
     return UserError(
         f"{place}: {len(listing)} images lie in it without class directories, so their labels are unknown.\n"
         f"Sort them into one directory a class: CLASS/image.jpg.\n"
-        f"(ImageNet's val: by the devkit's ILSVRC2012_validation_ground_truth.txt, classes named as in train.)"
+        f"(ImageNet's val: by the devkit's ILSVRC2012_validation_ground_truth.txt, named as in train.)"
     )
 
 

@@ -1,10 +1,14 @@
 """What a locator names: a folder, one tar, or several tar shards, each with an optional path inside.
 
-/data/imagenet/train                 a folder of class directories
-/data/cifar10-jpeg.tar::train        what lies under train/ in a tar
-/data/shards                         a folder that holds *.tar
-/data/shards/train-*.tar             a glob
-/data/shards/train-{000000..000146}.tar
+Locators, by example:
+
+    /data/imagenet/train                 a folder of class directories
+    /data/cifar10.tar                    a tar; the directory that a member lies in is its class
+    /data/cifar10.tar::train             what lies under train/ in a tar; the next directory is the class
+    /data/cifar10.tar::                  the same from the tar's root
+    /data/shards                         a folder that holds *.tar and no directories
+    /data/shards/train-*.tar             a glob
+    /data/shards/train-{000000..000146}.tar
 """
 
 import difflib

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from alexnet_ddp.errors import UserError
 
-IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".jpe", b".png")  # compared in lower case
+IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".jpe", b".png")  # in lower case
 CLUTTER = (b"__MACOSX", b"lost+found", b"@eaDir")  # directories that systems leave behind
 
 IN_A_FILE = -1  # the offset of a sample that is a file of its own
@@ -55,7 +55,7 @@ def below(path: bytes, base: bytes) -> bytes | None:
 
 @dataclass
 class Listing:
-    """The images that a scan found, in the order of finding: columns, not objects. Raw paths below the root."""
+    """The images that a scan found, in its order: columns, not objects. Paths are raw, below the root."""
 
     directories: dict[bytes, int] = field(default_factory=dict)  # those that hold images -> their number
     bare_directories: set[bytes] = field(
@@ -165,7 +165,7 @@ def build_table(
     """Sorts a listing into a table.
 
     `labels` [rows of the listing] are positions in `classes`, -1 leaves a row out; `prefixes` [directories]
-    come before the stems found there: sub-directories of a class. UserError if two samples share class and name.
+    come before the stems found there: sub-directories of a class. UserError if two share class and name.
     """
     assert len(labels) == len(listing)
     blob, ends = bytes(listing.stems), listing.ends
@@ -211,7 +211,7 @@ def build_table(
     if twins:
         first = twins[0]
         raise UserError(
-            f"A name must be unique in its class, whatever the extension; {len(twins)} are not, the first:\n"
+            f"A name must be unique in its class, whatever the extension; {len(twins)} are not:\n"
             f"  {table.where(first - 1, containers)}\n  {table.where(first, containers)}\n"
             f"Rename or remove one of them."
         )

@@ -1,0 +1,17 @@
+"""alexnet-ddp: the ImageNet trainer that survives a cluster.
+
+Importing this package imports no torch, so that `--help` and `submit` answer at once on a login node.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "create_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "create_model":
+        from alexnet_ddp.models import create_model
+
+        return create_model
+    raise AttributeError(f"module 'alexnet_ddp' has no attribute {name!r}")

@@ -1,0 +1,341 @@
+"""A recipe: YAML and `key=value` overrides, composed, typed, checked and compared.
+
+    config = load("configs/demo.yaml", ["seed=1", "optim.lr=0.02"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from alexnet_ddp import sections as s
+from alexnet_ddp.errors import UserError
+
+
+class Config(s.Section):
+    """The effective recipe of a run (field by field in `alexnet_ddp.sections`)."""
+
+    name: str = s.field("", "free", "the run's name: its directory is RUNS/NAME")
+    runs: str = s.field("runs", "free", "folder that holds the run directories")
+    seed: int = s.field(0, "order", "of weights, order, augmentation and dropout", ge=0, lt=2**63)
+    model: s.ModelSection = s.field(s.ModelSection, "order", "the net")
+    data: s.DataSection = s.field(s.DataSection, "order", "what it is trained on")
+    augment: s.AugmentSection = s.field(s.AugmentSection, "order", "what is done to an image")
+    global_batch: int = s.field(256, "order", "samples per step over all ranks", ge=1)
+    micro_batch: int = s.field(128, "bits", "samples per forward on one rank", ge=1)
+    epochs: int = s.field(90, "order", "passes over the training data", ge=1)
+    optim: s.OptimSection = s.field(s.OptimSection, "order", "how weights move")
+    schedule: s.ScheduleSection = s.field(s.ScheduleSection, "order", "lr(step)")
+    amp: Literal["none", "bf16", "fp16"] = s.field("none", "bits", "automatic mixed precision of the forward")
+    clip_norm: float | None = s.field(None, "order", "largest gradient norm; null: no clipping", gt=0.0)
+    checkpoint: s.CheckpointSection = s.field(s.CheckpointSection, "free", "when state is saved")
+    evaluate: s.EvaluateSection = s.field(s.EvaluateSection, "free", "when and how accuracy is measured")
+    log: s.LogSection = s.field(s.LogSection, "free", "what is written down")
+    limits: s.LimitSection = s.field(s.LimitSection, "free", "when a run gives up")
+    device: Literal["auto", "cpu", "cuda"] = s.field("auto", "bits", "auto: cuda where it is")
+    deterministic: bool = s.field(False, "bits", "bit-equal resume on CUDA too; slower")
+    torch_threads: int = s.field(0, "bits", "CPU threads of torch in a rank; 0: its share of the cores", ge=0)
+    deadline: str | None = s.field(None, "free", "leave before this much time has passed: 90m, 4h, 1-12:00:00")
+    fault: s.FaultSection = s.field(s.FaultSection, "free", "a fault on purpose, for drills")
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2's scalars: `1e-4` is a number, `off`, `no` and `on` are words; a key given twice is refused."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers
+            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int",
+                           "tag:yaml.org,2002:timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
+                              list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"),
+                              list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"))
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in found:
+            raise UserError(f"{_place(key_node)}: key '{key}' is given twice; keep one.")
+        found[key] = loader.construct_object(value_node, deep=True)
+    return found
+
+
+def _place(node: yaml.Node) -> str:
+    return f"{node.start_mark.name}, line {node.start_mark.line + 1}"
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises UserError for a missing, unreadable or malformed file."""
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"No recipe at {path}.{_recipes_nearby(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The recipe {path} can't be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"The recipe {path} must be a mapping of keys to values, got {type(content).__name__}.")
+    return content
+
+
+def _recipes_nearby(path: Path) -> str:
+    for folder in (path.parent, Path("configs")):
+        names = sorted(str(found) for found in folder.glob("*.yaml")) if folder.is_dir() else []
+        if names:
+            near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.4)
+            return f" Did you mean {near[0]}?" if near else f" There are: {', '.join(names[:8])}."
+    return ""
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`optim.lr=1e-2` -> (["optim", "lr"], 0.01). Raises UserError when it isn't `key=value`."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+        raise UserError(f"An override is written key=value, got '{text}'. Example: optim.lr=0.02 data.train=/data/train")
+    try:
+        return key.split("."), yaml.load(value, Loader=_Loader) if value.strip() else None
+    except yaml.YAMLError:
+        return key.split("."), value
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of the tree with the overrides laid over it; an override of a whole section is refused."""
+    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for text in overrides:
+        path, value = parse_override(text)
+        annotation = Config.model_fields.get(path[0])
+        section = annotation.annotation if annotation else None
+        if len(path) == 1 and isinstance(section, type) and issubclass(section, BaseModel):
+            fields = ", ".join(f"{path[0]}.{name}" for name in list(section.model_fields)[:4])
+            raise UserError(f"'{path[0]}' is a section, not a value: set one of its fields, such as {fields}.")
+        here = tree
+        for part in path[:-1]:
+            if not isinstance(here.get(part), dict):
+                here[part] = {}
+            here = here[part]
+        here[path[-1]] = value
+    return tree
+
+
+# --- checking ---------------------------------------------------------------------------------------------------
+
+
+def build(tree: dict[str, Any]) -> Config:
+    """The typed recipe of a tree. Raises UserError that names every key at fault, with the nearest right name."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise UserError("The recipe has " + ("a mistake" if len(lines) == 1 else f"{len(lines)} mistakes")
+                        + ":\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))) from None
+    check(config)
+    return config
+
+
+# What people write who come from other trainers, and what it is called here.
+KNOWN_ELSEWHERE = {
+    "batch_size": "use global_batch, the total over all ranks (torchvision's and timm's is per GPU)",
+    "batch": "use global_batch, the total over all ranks",
+    "lr": "use optim.lr, for the global batch as it is (nothing is scaled by the number of GPUs)",
+    "workers": "use data.threads: images are decoded by threads, there are no worker processes",
+    "num_workers": "use data.threads: images are decoded by threads, there are no worker processes",
+    "resume": "starting a run whose directory has a checkpoint resumes it; --fresh starts over",
+    "arch": "use model.name",
+    "grad_accum": "use micro_batch: a rank accumulates when its share of global_batch is larger",
+    "accumulation_steps": "use micro_batch: a rank accumulates when its share of global_batch is larger",
+}
+
+
+def _explain(problem: Any) -> str:
+    names = [part for part in problem["loc"] if isinstance(part, str) and not part.startswith(("literal[", "constrained"))]
+    names = [part for part in names if part not in ("int", "float", "str", "none")]
+    path, got = ".".join(names), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        if path in KNOWN_ELSEWHERE:
+            return f"unknown key '{path}'; {KNOWN_ELSEWHERE[path]}"
+        near = nearest_field(path)
+        return f"unknown key '{path}'" + (f"; did you mean '{near}'?" if near else f"; known: {_siblings(names)}")
+    if isinstance(got, dict) and len(str(got)) > 60:
+        got = "a mapping"
+    message = problem["msg"].replace("Input should be ", "must be ").replace("a valid integer", "a whole number")
+    message = message.replace("a valid ", "a ")
+    hint = ""
+    if problem["type"] == "literal_error" and isinstance(got, str | bool):
+        wanted = re.findall(r"'([^']+)'", problem["msg"])
+        near = difflib.get_close_matches(str(got), wanted, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        if str(got).lower() in ("off", "no", "false") and "none" in wanted:
+            hint = "; did you mean 'none'?"
+    return f"{path}: {message}, got {got!r}{hint}"
+
+
+def _siblings(names: list[str]) -> str:
+    model: Any = Config
+    for part in names[:-1]:
+        found = model.model_fields.get(part)
+        model = found.annotation if found else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return ""
+    return ", ".join(model.model_fields)
+
+
+def nearest_field(path: str) -> str | None:
+    """The recipe's field nearest in name to a wrong one, looked for by whole path and by last part alone."""
+    known = [name for name, _ in fields()] + [n for n, f in Config.model_fields.items()]
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    if near:
+        return near[0]
+    last = {name.split(".")[-1]: name for name in reversed(known)}
+    near = difflib.get_close_matches(path.split(".")[-1], list(last), n=1, cutoff=0.7)
+    return last[near[0]] if near else None
+
+
+def fields() -> Iterator[tuple[str, Any]]:
+    """Every leaf field of a recipe as (dotted path, pydantic's FieldInfo), in the recipe's order."""
+    for name, info in Config.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            for inner, inner_info in kind.model_fields.items():
+                yield f"{name}.{inner}", inner_info
+        else:
+            yield name, info
+
+
+def check(config: Config) -> None:
+    """Rules that span fields. Raises UserError that states the rule, what was found and what to change."""
+    if not config.data.train:
+        raise UserError("data.train must say where the training images lie: a folder, a tar, or file.tar::sub/path. "
+                        "Example: data.train=/data/imagenet/train")
+    for name, (low, high) in (("scale", config.augment.scale), ("ratio", config.augment.ratio)):
+        if not 0 < low <= high or (name == "scale" and high > 1):
+            raise UserError(f"augment.{name} must be [low, high] with 0 < low <= high"
+                            f"{' <= 1' if name == 'scale' else ''}, got [{low}, {high}].")
+    if min(config.augment.std) <= 0:
+        raise UserError(f"augment.std must be above 0 in every channel, got {list(config.augment.std)}.")
+    if config.schedule.warmup_epochs >= config.epochs:
+        raise UserError(f"schedule.warmup_epochs must be under epochs, got {config.schedule.warmup_epochs:g} of "
+                        f"{config.epochs}: the whole run would be warmup.")
+    if config.schedule.name == "cosine" and config.schedule.eta_min > config.optim.lr:
+        raise UserError(f"schedule.eta_min must not exceed optim.lr, got {config.schedule.eta_min:g} and "
+                        f"{config.optim.lr:g}.")
+    if config.optim.nesterov and config.optim.momentum == 0:
+        raise UserError("optim.nesterov needs a momentum above 0, got optim.momentum=0.")
+    if config.model.in_channels == 2:
+        raise UserError("model.in_channels must be 3 (colour) or 1 (grey), got 2.")
+    if config.data.stored == "raw256" and config.augment.crop == "squash":
+        raise UserError("data.stored=raw256 holds only the central square, so augment.crop=squash can't see the "
+                        "whole image. Use data.stored=original or short256.")
+    if not re.fullmatch(r"[\w][\w.+=-]*", config.name or "x"):
+        raise UserError(f"name must be letters, digits, '_', '-', '.', '+' or '=', got '{config.name}': it names a folder.")
+    if config.deadline is not None:
+        parse_duration(config.deadline)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `90m`, `4h`, `1h30m`, `2d`, `45` (minutes, as Slurm has it), `HH:MM:SS` or `D-HH:MM:SS`."""
+    text = str(text).strip()
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    if re.fullmatch(r"(?:\d+(?:\.\d+)?[smhd])+", text):
+        return sum(float(n) * units[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)([smhd])", text))
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match:
+        days, a, b, c = (int(part) if part else 0 for part in match.groups())
+        if match[1]:  # days-hours[:minutes[:seconds]]
+            return days * 86400.0 + a * 3600 + b * 60 + c
+        if match[4]:
+            return a * 3600.0 + b * 60 + c
+        return a * 60.0 + b  # minutes[:seconds]
+    raise UserError(f"A duration is written 90m, 4h, 1h30m, 45 (minutes), HH:MM:SS or D-HH:MM:SS, got '{text}'.")
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads, overrides and checks a recipe. The run's name is the file's where none is given."""
+    tree = apply_overrides(read_yaml(path), overrides)
+    if not tree.get("name"):
+        tree["name"] = Path(path).stem
+    return build(tree)
+
+
+# --- writing and comparing --------------------------------------------------------------------------------------
+
+
+def dump(config: Config) -> str:
+    """The effective recipe as YAML that reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+class Change(s.Section):
+    """One field that differs between the recipe a run was started with and the one it is resumed with."""
+
+    path: str
+    effect: s.Effect
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {_show(self.before)} -> {_show(self.now)}"
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def differences(before: dict[str, Any], now: Config) -> list[Change]:
+    """What changed against a stored recipe (a plain tree), each with its effect on resume.
+
+    A field the old recipe doesn't know counts with its default; one that no longer exists is passed over.
+    """
+    effects = {path: info.json_schema_extra["resume"] for path, info in fields()}
+    defaults = flatten(Config().model_dump(mode="json"))
+    old, new = defaults | flatten(before), flatten(now.model_dump(mode="json"))
+    return [Change(path=path, effect=effects[path], before=old[path], now=new[path])
+            for path in effects if not _same(old[path], new[path])]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
+        return True
+    return bool(a == b)

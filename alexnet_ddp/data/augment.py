@@ -1,0 +1,128 @@
+"""The device's share of augmentation, on whole uint8 batches: flip, rotate, colour jitter, lighting, normalise.
+
+Parameters were drawn on the host (`randomness.Draws`); nothing here draws. Formulas and order of operations are
+torchvision's (RandomHorizontalFlip, RandomRotation with nearest neighbours and black corners, ColorJitter), in
+float32 without rounding to uint8 in between; lighting is Krizhevsky et al. 2012, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet_ddp.data.randomness import Draws
+from alexnet_ddp.sections import AugmentSection
+
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights (ITU-R BT.601)
+# Eigenvectors (columns) and square roots of the eigenvalues of ImageNet's RGB covariance, values 0..1, as published
+# with fb.resnet.torch and used by every peer since.
+PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+PCA_DEVIATIONS = (0.2175, 0.0188, 0.0045)
+
+
+class Augment:
+    """Turns uint8 batches on a device into what the net sees; made once a run."""
+
+    def __init__(self, section: AugmentSection, *, channels: int, device: torch.device) -> None:
+        self._section, self._device = section, device
+        mean, std = np.asarray(section.mean), np.asarray(section.std)
+        if channels == 1:  # grey nets see the luminance
+            mean, std = mean @ np.asarray(GREY)[:, None], std @ np.asarray(GREY)[:, None]
+        self._scale = self._tensor(1.0 / std).view(1, -1, 1, 1)
+        self._bias = self._tensor(-mean / std).view(1, -1, 1, 1)
+        self._colours = self._tensor(np.asarray(PCA_VECTORS) * np.asarray(PCA_DEVIATIONS))
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self._device, non_blocking=True)
+
+    def __call__(self, images: Tensor, draws: Draws | None) -> Tensor:
+        """uint8 [n, s, s, c] on the device -> normalised float32 [n, c, s, s], channels last in memory.
+
+        `draws` is None for evaluation: normalised only.
+        """
+        section = self._section
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+        if draws is not None and len(pixels):
+            if section.flip > 0:
+                mirrored = torch.from_numpy(draws.flip).to(self._device, non_blocking=True)
+                pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+            if section.rotation > 0:
+                pixels = rotate(pixels, self._tensor(draws.angle))
+            if any(section.color_jitter):
+                pixels = self._jitter(pixels, draws)
+            if section.pca_lighting > 0:
+                # per image: the sum over i of p_i * a_i * lambda_i, added to its RGB values 0..1
+                added = self._tensor(draws.lighting) @ self._colours.T
+                pixels = pixels + added[:, : pixels.shape[1], None, None]
+        return torch.addcmul(self._bias, pixels, self._scale)
+
+    def _jitter(self, pixels: Tensor, draws: Draws) -> Tensor:
+        operations = (brightness, contrast, saturation, hue)
+        factors = self._tensor(draws.jitter)
+        pixels = pixels.clone()
+        for turn in range(4):
+            for number, operation in enumerate(operations):
+                if self._section.color_jitter[number] == 0:
+                    continue
+                rows = np.flatnonzero(draws.jitter_order[:, turn] == number)  # known to the host: no sync
+                if len(rows):
+                    chosen = torch.from_numpy(rows).to(self._device, non_blocking=True)
+                    changed = operation(pixels[chosen], factors[chosen, number].view(-1, 1, 1, 1))
+                    pixels.index_copy_(0, chosen, changed)
+        return pixels
+
+
+def rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
+    """Each image of [n, c, s, s] turned counter-clockwise about its centre by its own angle [n]."""
+    angle = degrees * (math.pi / 180.0)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    theta = torch.stack([torch.stack([cos, -sin, zero], -1), torch.stack([sin, cos, zero], -1)], 1)
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+
+
+def brightness(pixels: Tensor, factor: Tensor) -> Tensor:
+    return (pixels * factor).clamp_(0.0, 1.0)
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    if pixels.shape[1] == 1:
+        return pixels
+    red, green, blue = pixels.unbind(1)
+    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).unsqueeze(1)
+
+
+def contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+    mean = _grey(pixels).mean(dim=(1, 2, 3), keepdim=True)
+    return (factor * pixels + (1.0 - factor) * mean).clamp_(0.0, 1.0)
+
+
+def saturation(pixels: Tensor, factor: Tensor) -> Tensor:
+    if pixels.shape[1] == 1:
+        return pixels
+    return (factor * pixels + (1.0 - factor) * _grey(pixels)).clamp_(0.0, 1.0)
+
+
+def hue(pixels: Tensor, shift: Tensor) -> Tensor:
+    """Turns the colour circle by `shift` (in turns, -0.5 .. 0.5), through HSV (Smith 1978)."""
+    if pixels.shape[1] == 1:
+        return pixels
+    red, green, blue = pixels.unbind(1)
+    value, low = pixels.amax(1), pixels.amin(1)
+    spread = value - low
+    grey = spread == 0
+    divisor = torch.where(grey, 1.0, spread)
+    rc, gc, bc = (value - red) / divisor, (value - green) / divisor, (value - blue) / divisor
+    turn = torch.where(value == red, bc - gc, torch.where(value == green, 2.0 + rc - bc, 4.0 + gc - rc))
+    turn = torch.remainder(turn / 6.0 + 1.0 + shift.view(-1, 1, 1), 1.0)
+    chroma = torch.where(grey, 0.0, spread / torch.where(grey, 1.0, value))  # HSV's saturation
+    channels = []
+    for start in (5.0, 3.0, 1.0):  # red, green, blue: value * (1 - saturation * max(0, min(k, 4 - k, 1)))
+        k = torch.remainder(start + 6.0 * turn, 6.0)
+        channels.append(value * (1.0 - chroma * torch.minimum(k, 4.0 - k).clamp_(0.0, 1.0)))
+    return torch.stack(channels, 1).clamp_(0.0, 1.0)
+

@@ -1,0 +1,98 @@
+"""The training data of a run: opened and checked, ordered, and laid out as the work of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alexnet_ddp.config import Config
+from alexnet_ddp.data import decode
+from alexnet_ddp.data.decode import ChooseView, View
+from alexnet_ddp.data.index import Index, check_pair, open_index
+from alexnet_ddp.data.loader import Work, micro_batches
+from alexnet_ddp.data.order import Order
+from alexnet_ddp.data.randomness import Draws, draw
+from alexnet_ddp.errors import UserError
+from alexnet_ddp.sections import AugmentSection
+
+I64 = NDArray[np.int64]
+
+
+@dataclass
+class Data:
+    """What a run trains on and is evaluated on. `train_ids` picks the samples of `data.limit`, evenly over classes."""
+
+    train: Index
+    val: Index | None
+    order: Order
+    train_ids: I64 | None = None
+
+    @property
+    def identities(self) -> dict[str, str]:
+        return {"train": self.order.identity, "val": self.val.identity if self.val else ""}
+
+    def close(self) -> None:
+        self.train.close()
+        if self.val is not None:
+            self.val.close()
+
+
+def open_data(config: Config) -> Data:
+    """Opens the indexes and checks them against each other and against the net. Raises UserError."""
+    train = open_index(config.data.train)
+    val = open_index(config.data.val) if config.data.val else None
+    if val is not None:
+        check_pair(train, val)
+    if len(train.classes) != config.model.num_classes:
+        raise UserError(f"model.num_classes must be the number of classes in data.train, got "
+                        f"{config.model.num_classes} for {len(train.classes)} in {config.data.train}. "
+                        f"Use model.num_classes={len(train.classes)}.")
+    samples, ids = len(train), None
+    if config.data.limit is not None and config.data.limit < samples:
+        samples = config.data.limit
+        ids = np.arange(samples, dtype=np.int64) * len(train) // samples
+    order = Order(samples, global_batch=config.global_batch, seed=config.seed, shards=config.data.shards,
+                  identity=train.identity)
+    return Data(train, val, order, ids)
+
+
+def training_view(section: AugmentSection, draws: Draws | None, row: int) -> ChooseView:
+    """How one sample of a batch is shown in training: a pure function of its draws and its size."""
+    def choose(width: int, height: int) -> View:
+        if section.crop == "random_resized":
+            assert draws is not None
+            return decode.random_resized(width, height, size=section.size, draws=draws.crop[row],
+                                         scale=section.scale, ratio=section.ratio)
+        if section.crop == "random":
+            assert draws is not None
+            return decode.random_crop(width, height, size=section.size, draws=draws.crop[row])
+        return (decode.center if section.crop == "center" else decode.squash)(width, height, size=section.size)
+
+    return choose
+
+
+def training_works(config: Config, data: Data, *, first_step: int, rank: int, world: int) -> Iterator[Work]:
+    """A rank's micro-batches from `first_step` to the run's end; every step has at least one, perhaps empty."""
+    order, section = data.order, config.augment
+    for step in range(first_step, config.epochs * order.steps_per_epoch):
+        plan = order.plan(step)
+        part = order.part(step, rank=rank, world=world, assignment=config.data.assignment)
+        mine = order.samples_at(plan.epoch, plan.first + part)
+        if data.train_ids is not None:
+            mine = data.train_ids[mine]
+        draws = draw(mine, seed=config.seed, epoch=plan.epoch, flip=section.flip, rotation=section.rotation,
+                     color_jitter=section.color_jitter, pca_lighting=section.pca_lighting)
+        cuts = micro_batches(mine, config.micro_batch)
+        for number, cut in enumerate(cuts):
+            drawn = draws[cut]
+            yield Work(step=step, micro=number, micros=len(cuts), samples=mine[cut], draws=drawn,
+                       choose=lambda row, drawn=drawn: training_view(section, drawn, row))  # type: ignore[misc]
+
+
+def largest_part(config: Config, *, world: int) -> int:
+    """The most samples one micro-batch of a rank can hold: what a slot must have room for."""
+    whole = config.global_batch if config.data.assignment == "owner" else -(-config.global_batch // world)
+    return min(config.micro_batch, whole)

@@ -1,0 +1,19 @@
+"""What can go wrong, and the exit code that says so.
+
+The codes hold for a single process, under srun and under `alexnet-ddp train --nproc-per-node N`. A bare torchrun
+turns every non-zero code of a rank into its own 1, so there a stop exits 0 and `state.json` is the truth.
+"""
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1  # a fault of ours, of the machine or of a peer
+EXIT_USER = 2  # the recipe, the data or the command line must change first
+EXIT_STOPPED = 75  # stopped on request, resumable (EX_TEMPFAIL of sysexits.h)
+EXIT_INTERRUPTED = 130  # a second Ctrl-C: left at once, nothing saved
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: the message states the rule, what was found and what to change."""
+
+
+class RunFailed(RuntimeError):
+    """The run can't go on; one line that names rank, host, step and cause has been (or will be) printed."""

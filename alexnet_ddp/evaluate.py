@@ -1,0 +1,124 @@
+"""Exact evaluation: every sample counted once, the same integers on any number of ranks and for any `batch`.
+
+Samples are cut into fixed tiles of 32 consecutive ids; the last tile is padded and masked. A tile always goes
+through the net alone, whole and in fp32, so its logits don't depend on who computes it or on what is fetched with
+it. Sums over tiles are made in the order of the tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alexnet_ddp.data import decode
+from alexnet_ddp.data.augment import Augment
+from alexnet_ddp.data.decode import ChooseView, View
+from alexnet_ddp.data.loader import Loader, Work
+from alexnet_ddp.distributed import World
+from alexnet_ddp.sections import AugmentSection, EvaluateSection
+from alexnet_ddp.transfer import Transfer
+
+TILE = 32  # samples
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over the whole validation set; top-k are samples whose label is among the k highest logits."""
+
+    samples: int
+    correct1: int
+    correct5: int
+    loss: float  # mean cross-entropy, natural logarithm
+
+    @property
+    def top1(self) -> float:
+        return self.correct1 / self.samples
+
+    @property
+    def top5(self) -> float:
+        return self.correct5 / self.samples
+
+
+def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
+    """Place of each label among its logits (0 = highest): int64 [n]. A tie goes to the lower class index.
+
+    A row with a NaN ranks its label last: a broken net is never right.
+    """
+    own = logits.gather(1, labels[:, None])
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    broken = torch.isnan(logits).any(1)
+    return torch.where(broken, logits.shape[1], ahead.sum(1))
+
+
+def tiles_of(samples: int) -> int:
+    return -(-samples // TILE)
+
+
+def works(samples: int, *, batch: int, rank: int, world: int, choose: ChooseView) -> Iterator[Work]:
+    """This rank's fetches: `batch` tiles each, an equal number on every rank (the last ones may be empty)."""
+    fetches = -(-tiles_of(samples) // batch)
+    for turn in range(-(-fetches // world)):
+        fetch = turn * world + rank
+        first = min(fetch * batch, tiles_of(samples))
+        last = min(first + batch, tiles_of(samples))
+        ids = np.arange(first * TILE, last * TILE, dtype=np.int64)
+        inside = ids < samples
+        yield Work(step=first, micro=0, micros=1, samples=np.where(inside, ids, 0), choose=lambda _: choose,
+                   mask=inside)
+
+
+def view_of(section: EvaluateSection, augment: AugmentSection) -> ChooseView:
+    """The deterministic view of an image that is evaluated."""
+    squashes = section.crop == "squash" or (section.crop == "auto" and augment.crop == "squash")
+    kind = decode.squash if squashes else decode.center
+
+    def choose(width: int, height: int) -> View:
+        return kind(width, height, size=augment.size)
+
+    return choose
+
+
+def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose: ChooseView, augment: Augment,
+             world: World, transfer: Transfer, carry_on: Callable[[], bool]) -> Evaluation | None:
+    """Evaluates the unwrapped net on all `samples` samples. Collective; None when stopped in between.
+
+    `carry_on` is asked once per fetch on every rank and answers the same on all of them.
+    """
+    training = net.training
+    net.eval()
+    loss_of_tile = torch.zeros(tiles_of(samples), dtype=torch.float64, device=world.device)
+    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # samples, top-1, top-5
+    try:
+        for buffer in net.buffers():  # batch-norm statistics are per rank: rank 0's are the run's
+            dist.broadcast(buffer, src=0)
+        with torch.no_grad():
+            for fetched in loader.run(works(samples, batch=batch, rank=world.rank, world=world.size, choose=choose)):
+                if not carry_on():
+                    return None
+                images, labels = transfer(fetched)
+                mask = torch.from_numpy(fetched.work.mask).to(world.device, non_blocking=True)
+                for at in range(0, len(images), TILE):
+                    tile = slice(at, at + TILE)
+                    logits = net(augment(images[tile], None)).float()
+                    losses = F.cross_entropy(logits, labels[tile], reduction="none").double()
+                    loss_of_tile[fetched.work.step + at // TILE] = torch.where(mask[tile], losses, 0.0).sum()
+                    places = label_ranks(logits, labels[tile])
+                    counts += torch.stack([mask[tile].sum(), ((places < 1) & mask[tile]).sum(),
+                                           ((places < 5) & mask[tile]).sum()])
+        dist.all_reduce(counts)
+        dist.all_reduce(loss_of_tile)  # every tile has one owner; the others add zeros
+    finally:
+        net.train(training)
+    counted, correct1, correct5 = counts.tolist()
+    assert counted == samples, f"{counted} samples were counted, there are {samples}"
+    loss = 0.0
+    for tile_loss in loss_of_tile.tolist():
+        loss += tile_loss
+    return Evaluation(samples, correct1, correct5, loss / samples)

@@ -1,0 +1,89 @@
+"""What is gathered while training: on the device, read by the host only on logging steps.
+
+The window has one row a step. Rows hold sums over this rank's samples, and the *whole* window is summed over the
+ranks at once, whether for the log or for a checkpoint in mid-window, so that a sum's bits never depend on when a
+checkpoint was taken. After a resume rank 0 holds the summed rows and the others zeros, which sum to the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LOSS, CORRECT, SAMPLES = range(3)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A logging window over all ranks, on the host."""
+
+    loss: float  # mean over the window's samples
+    top1: float  # share of the window's samples whose highest logit was right
+    samples: int
+    grad_norm: float  # of the window's last step, unscaled, before clipping
+    skipped: int  # updates skipped since the run began
+    skipped_in_a_row: int
+
+
+class Window:
+    """Open accumulators: float64 [steps, 3] of (loss sum, correct, samples), and the counters of skipped updates."""
+
+    def __init__(self, steps: int, *, device: torch.device) -> None:
+        self._rows = torch.zeros(steps, 3, dtype=torch.float64, device=device)
+        self._norm = torch.zeros((), device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # skipped, skipped in a row
+        self._ones = torch.ones(2, dtype=torch.int64, device=device)
+        self.filled = 0  # rows closed
+
+    @property
+    def full(self) -> bool:
+        return self.filled == len(self._rows)
+
+    def add(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """One micro-batch: losses [n], logits [n, classes], labels [n]."""
+        row = self._rows[self.filled]
+        row[LOSS] += losses.double().sum()
+        row[CORRECT] += (logits.argmax(1) == labels).sum() if len(labels) else 0
+        row[SAMPLES] += len(labels)
+
+    def close_step(self, norm: Tensor) -> None:
+        """The step is done; its gradient norm is not finite exactly when its update was skipped."""
+        bad = (~torch.isfinite(norm)).to(torch.int64)
+        self._norm = norm
+        self._counts = torch.stack([self._counts[0] + bad, (self._counts[1] + bad) * bad])
+        self.filled += 1
+
+    def summed(self) -> Tensor:
+        """The window's rows summed over all ranks: float64 [steps, 3]. Collective."""
+        rows = self._rows.clone()
+        dist.all_reduce(rows)
+        return rows
+
+    def counts(self) -> tuple[int, int]:
+        """(updates skipped, updates skipped in a row); waits for the device."""
+        skipped, row = self._counts.tolist()
+        return skipped, row
+
+    def summary(self) -> Summary:
+        """Reads the window on the host and empties it. Collective; the one host synchronisation of a logging step."""
+        rows = self.summed()
+        total = torch.zeros(3, dtype=torch.float64, device=rows.device)
+        for row in rows[: self.filled].unbind(0):  # in the order of the steps, whatever a library's sum would do
+            total = total + row
+        loss, correct, samples, norm, skipped, in_a_row = torch.cat(
+            [total, self._norm.double().view(1), self._counts.double()]).tolist()
+        self._rows.zero_()
+        self.filled = 0
+        return Summary(loss / max(1, samples), correct / max(1, samples), int(samples), norm, int(skipped),
+                       int(in_a_row))
+
+    def restore(self, rows: Tensor | None, *, filled: int, skipped: int, in_a_row: int, owner: bool) -> None:
+        """Puts back what a checkpoint held; only the owner (rank 0) takes the summed rows."""
+        self._rows.zero_()
+        if rows is not None and owner:
+            self._rows[:filled] = rows[:filled].to(self._rows.device)
+        self.filled = filled
+        self._counts = torch.tensor([skipped, in_a_row], dtype=torch.int64).to(self._rows.device)

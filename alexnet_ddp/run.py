@@ -1,0 +1,179 @@
+"""A run directory: who owns it, where the run stands, and what a new attempt goes on from. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import alexnet_ddp
+from alexnet_ddp import config as recipes
+from alexnet_ddp.checkpoint import choose, files, store
+from alexnet_ddp.checkpoint.state import TrainState
+from alexnet_ddp.config import Config
+from alexnet_ddp.data.order import Order
+from alexnet_ddp.errors import UserError
+from alexnet_ddp.lease import Lease
+from alexnet_ddp.schedule import learning_rate
+from alexnet_ddp.sinks import say
+
+STATE = "state.json"
+
+
+@dataclass
+class Start:
+    """How an attempt begins; the same on all ranks."""
+
+    attempt: int
+    exact: bool = True
+    why_not_exact: str = ""
+    finished: bool = False
+    resumed_from: str = ""  # the checkpoint's path, "" for a new run
+    notes: list[str] = field(default_factory=list)
+    state: TrainState | None = None  # rank 0 only; stripped before it is told to the others
+
+
+class RunDirectory:
+    """Holds the lease of a run directory and writes its state.json."""
+
+    def __init__(self, config: Config, *, fresh: bool) -> None:
+        """Raises UserError when another process owns it, or when it can't be written."""
+        self.path = config.run_dir
+        self._job = os.environ.get("SLURM_JOB_ID")
+        self._restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self._lease = self._acquire()
+        if fresh and any(self.path.glob("checkpoints/*")):
+            self._lease.release()
+            aside = _free_name(self.path)
+            os.rename(self.path, aside)
+            say(f"--fresh: the old run was kept as {aside}")
+            self._lease = self._acquire()
+        self.known = read_state(self.path)
+
+    def _acquire(self) -> Lease:
+        return Lease.acquire(self.path, job=self._job, restart=self._restart, log=say)
+
+    def guard(self) -> None:
+        """Raises LeaseLost when another process owns the directory now."""
+        self._lease.check()
+
+    def write_state(self, status: str, *, why: str = "", **facts: Any) -> None:
+        """Replaces state.json: status is running, preempted, finished or failed; `why` says why in words."""
+        self.known |= {"status": status, "why": why, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
+        files.replace(self.path / STATE, content=(json.dumps(self.known, indent=1) + "\n").encode())
+
+    def close(self) -> None:
+        self._lease.release()
+
+    def open(self, config: Config, *, order: Order, numeric: dict[str, Any], identities: dict[str, str],
+             accept_changes: bool) -> Start:
+        """Chooses what to go on from and checks that it may. Raises UserError."""
+        choice = choose.choose(self.path / "checkpoints")
+        start = Start(attempt=int(self.known.get("attempt", 0)) + 1)
+        if choice.warning:
+            start.notes.append(choice.warning)
+        if choice.path is None:
+            return start
+        start.state, lineage = store.load(choice.path)
+        start.resumed_from = str(choice.path)
+        start.attempt = max(start.attempt, int(lineage["attempt"]) + 1)
+        why = check_recipe(lineage, config, order=order, done=start.state.step, accept=accept_changes)
+        why += check_data(lineage, identities)
+        if not lineage["exact"]:
+            why.insert(0, "an earlier attempt was not")
+        why += [f"{name} {lineage['numeric'].get(name)} -> {now}" for name, now in numeric.items()
+                if lineage["numeric"].get(name) != now]
+        if numeric["device"] != "cpu" and not config.deterministic:
+            why.append("deterministic=false on a GPU")
+        start.exact, start.why_not_exact = not why, "; ".join(dict.fromkeys(why))
+        total = config.epochs * order.steps_per_epoch
+        # Only a run that has ended in good order is over: one that was killed in its last evaluation is not.
+        start.finished = start.state.step >= total and start.state.phase == "train"
+        return start
+
+
+def check_recipe(lineage: dict[str, Any], config: Config, *, order: Order, done: int, accept: bool) -> list[str]:
+    """Reasons why the resumed run won't be bit-equal, from changed fields. Raises UserError for a refused change."""
+    changes = recipes.differences(lineage["recipe"], config)
+    before = recipes.Config.model_validate(lineage["recipe"]) if changes else config
+    refused = [change for change in changes if change.effect == "order"
+               and not (change.path == "epochs" and _same_rates(before, config, order=order, done=done))]
+    fixed = [change for change in refused
+             if change.path == "global_batch" or change.path.startswith("model.")]
+    if refused and (fixed or not accept):
+        listed = "\n".join(f"  {change}" for change in refused)
+        ways = (f"Give the new run a name of its own (name={config.name}_2), start over with --fresh (keeps the old "
+                "directory under another name), or undo the change.")
+        if not fixed:
+            ways += " To go on all the same: --accept-changes."
+        raise UserError(f"{config.run_dir} was started with another recipe, and this would change the experiment:\n"
+                        f"{listed}\n{ways}")
+    return [str(change) for change in changes if change in refused or change.effect == "bits"]
+
+
+def _same_rates(before: Config, now: Config, *, order: Order, done: int) -> bool:
+    """Whether all learning rates used so far are those of the new recipe: then training longer changes nothing."""
+    def rate(recipe: Config, step: int) -> float:
+        return learning_rate(step, base=recipe.optim.lr, schedule=recipe.schedule,
+                             steps_per_epoch=order.steps_per_epoch, epochs=recipe.epochs)
+
+    return all(rate(before, step) == rate(now, step) for step in range(done))
+
+
+def check_data(lineage: dict[str, Any], identities: dict[str, str]) -> list[str]:
+    """Raises UserError when the training data are others than the run's; says so of the validation data."""
+    before = lineage["identities"]
+    if before["train"] != identities["train"]:
+        raise UserError("data.train holds other samples than this run was started with (names or labels differ): "
+                        f"fingerprint {identities['train'][:12]}, the run's is {before['train'][:12]}. "
+                        "Bring back the data, or give the new run a name of its own (name=...).")
+    return []
+
+
+def lineage_of(config: Config, *, start: Start, numeric: dict[str, Any], identities: dict[str, str],
+               decoder: str) -> dict[str, Any]:
+    """What a checkpoint says of where it comes from: plain Python."""
+    return {
+        "recipe": config.model_dump(mode="json"), "numeric": numeric, "identities": identities, "decoder": decoder,
+        "attempt": start.attempt, "exact": start.exact, "why_not_exact": start.why_not_exact,
+        "alexnet_ddp": alexnet_ddp.__version__, "torch": str(torch.__version__),
+        "python": platform.python_version(), "host": platform.node(), "code": git_state(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of this code and whether files differ from it; None outside a checkout."""
+    home = str(Path(__file__).resolve().parent)
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", home, *words], capture_output=True, text=True, timeout=10,
+                              check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain", "--", home).splitlines()}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def read_state(run_dir: Path) -> dict[str, Any]:
+    """state.json, {} where there is none that can be read."""
+    try:
+        known = json.loads((run_dir / STATE).read_text())
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    return aside

@@ -1,0 +1,137 @@
+"""The sections of a recipe: every field with its type, its bounds, its meaning and its effect on resume.
+
+All of them stand in this one module, and it imports no torch, because `submit`, `--help` and `--print-config`
+read a recipe on login nodes and must answer at once; the modules that use a section import it from here.
+
+Effect of a changed field on a run that is resumed:
+    free   accepted silently: it moves no bit of the result
+    bits   accepted, and the attempt says `exact: no`: same samples and crops, other rounding
+    order  refused with the difference and the ways out: it would make another experiment of the run
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Effect = Literal["free", "bits", "order"]
+
+
+def field(default: Any, effect: Effect, doc: str, **bounds: Any) -> Any:
+    """A recipe field: its default, its effect on resume and its one-line meaning, with pydantic's bounds."""
+    extra = {"resume": effect}
+    if callable(default):
+        return Field(default_factory=default, description=doc, json_schema_extra=extra, **bounds)
+    return Field(default=default, description=doc, json_schema_extra=extra, **bounds)
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Strength = Annotated[float, Field(ge=0.0)]
+
+
+class ModelSection(Section):
+    name: str = field("alexnet_single", "order", "alexnet_single | alexnet_torchvision | torchvision:NAME")
+    num_classes: int = field(1000, "order", "classes of the last layer; must be the data's", ge=2)
+    in_channels: int = field(3, "order", "colour channels of the input: 3, or 1 for grey", ge=1, le=3)
+    width: float = field(1.0, "order", "factor on every channel and hidden unit count", gt=0.0, le=8.0)
+    dropout: float = field(0.5, "order", "share of hidden units dropped in the classifier", ge=0.0, lt=1.0)
+    lrn_after: list[Annotated[int, Field(ge=1, le=5)]] = field(
+        lambda: [1, 2], "order", "blocks of alexnet_single that end in local response normalisation"
+    )
+
+
+class DataSection(Section):
+    train: str = field("", "free", "folder, file.tar, file.tar::sub/path or shards; identity is checked apart")
+    val: str | None = field(None, "free", "held-out data in the same forms; null: no evaluation")
+    limit: int | None = field(None, "order", "train on only so many samples, evenly over the classes", ge=1)
+    stored: Literal["original", "short256", "raw256"] = field(
+        "original", "order", "deterministic stage before augmentation: short256 is short side 256 as JPEG "
+        "quality 90, raw256 its central 256 x 256 pixels")
+    decoder: Literal["auto", "simplejpeg", "pillow"] = field(
+        "auto", "bits", "chosen and pinned at the run's first start")
+    cache: Literal["none"] = field("none", "free", "where decoded records are kept")
+    on_error: Literal["fail"] = field("fail", "order", "a damaged image ends the run, named")
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = field(
+        "auto", "free", "decode threads of a rank; auto: the cores it really has")
+    prefetch: int = field(4, "free", "micro-batches decoded ahead of the step", ge=2, le=64)
+    shards: int = field(64, "order", "virtual shards that every global batch draws from evenly", ge=1)
+    assignment: Literal["contiguous", "owner"] = field(
+        "contiguous", "bits", "which rank gets which part of a global batch")
+
+
+class AugmentSection(Section):
+    crop: Literal["random_resized", "random", "center", "squash"] = field(
+        "random_resized", "order", "training crop; random: from a short side of size/0.875")
+    size: int = field(224, "order", "pixels a side that the net sees", ge=16, le=1024)
+    scale: tuple[float, float] = field((0.08, 1.0), "order", "random_resized: area of the crop, share")
+    ratio: tuple[float, float] = field((0.75, 4 / 3), "order", "random_resized: width / height")
+    resize: Literal["antialias"] = field("antialias", "order", "interpolation: antialiased bilinear")
+    flip: Probability = field(0.5, "order", "probability of a mirrored image")
+    rotation: float = field(0.0, "order", "largest angle, degrees, drawn uniformly both ways", ge=0.0, le=180.0)
+    color_jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0.0, le=0.5)]] = field(
+        (0.0, 0.0, 0.0, 0.0), "order", "strengths of brightness, contrast, saturation, hue")
+    pca_lighting: float = field(0.0, "order", "standard deviation of the 2012 paper's colour noise", ge=0.0)
+    mean: tuple[float, float, float] = field((0.485, 0.456, 0.406), "order", "per channel, of values 0..1")
+    std: tuple[float, float, float] = field((0.229, 0.224, 0.225), "order", "per channel, of values 0..1")
+
+
+class OptimSection(Section):
+    name: Literal["sgd"] = field("sgd", "order", "fused SGD with momentum")
+    lr: float = field(0.01, "order", "peak learning rate, for the global batch as it is", gt=0.0)
+    momentum: float = field(0.9, "order", "", ge=0.0, lt=1.0)
+    weight_decay: float = field(5.0e-4, "order", "L2, on every parameter", ge=0.0)
+    nesterov: bool = field(False, "order", "look-ahead momentum")
+
+
+class ScheduleSection(Section):
+    name: Literal["constant", "step", "cosine"] = field("step", "order", "shape of lr(step) after the warmup")
+    warmup_epochs: float = field(0.0, "order", "linear rise from lr / warmup steps", ge=0.0)
+    step_epochs: float = field(30.0, "order", "step: epochs between two reductions", gt=0.0)
+    gamma: float = field(0.1, "order", "step: factor of a reduction", gt=0.0, le=1.0)
+    eta_min: float = field(0.0, "order", "cosine: the last learning rate", ge=0.0)
+
+
+class CheckpointSection(Section):
+    minutes: float | None = field(10.0, "free", "longest time between two checkpoints; null: none", gt=0.0)
+    epochs: int | None = field(1, "free", "a checkpoint every so many epochs; null: none", ge=1)
+    steps: int | None = field(None, "free", "a checkpoint every so many steps; null: none", ge=1)
+    keep: int = field(2, "free", "newest checkpoints kept, besides best.safetensors", ge=2)
+
+
+class EvaluateSection(Section):
+    epochs: int = field(1, "free", "evaluate every so many epochs, and at the end", ge=1)
+    crops: Literal[1] = field(1, "free", "views of an image that are averaged")
+    crop: Literal["auto", "center", "squash"] = field(
+        "auto", "free", "auto: squash where training squashes, else the centre of short side size / 0.875")
+    batch: int = field(4, "free", "tiles of 32 samples per fetch; moves no count", ge=1)
+
+
+class LogSection(Section):
+    steps: int = field(50, "bits", "steps between two metric records: the length of the averaging window", ge=1)
+    tensorboard: bool = field(True, "free", "write TensorBoard scalars beside metrics.jsonl")
+    trace: bool = field(False, "free", "write sample ids and crop boxes of every step to trace.jsonl")
+
+
+class LimitSection(Section):
+    """Times are in seconds. A rank that makes no progress for so long ends the job."""
+
+    first_step: float = field(900.0, "free", "until the first step is done (compilers, autotuners)", gt=0.0)
+    step: float = field(45.0, "free", "afterwards; never under ten times the slowest micro-batch so far", gt=0.0)
+    nonfinite: int = field(20, "free", "skipped updates in a row after which the run stops", ge=1)
+
+
+class FaultSection(Section):
+    """A fault on purpose, for drills: `fault.kind=kill fault.rank=1 fault.step=37`."""
+
+    kind: Literal["none", "kill", "hang", "error", "inf", "signal", "oom"] = field("none", "free", "what")
+    at: Literal["step", "evaluate", "save"] = field("step", "free", "where: after that step, or within")
+    step: int = field(0, "free", "steps done when it strikes", ge=0)
+    rank: int = field(0, "free", "which rank; -1: all", ge=-1)
+    signal: Literal["INT", "TERM", "HUP", "USR1", "USR2"] = field("USR1", "free", "for kind: signal")

@@ -1,0 +1,185 @@
+"""Where metrics go: metrics.jsonl (the truth), TensorBoard (made from it), the console. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+# Fields that say how fast, not what: they may differ between a run and its repetition, all others are bit-equal.
+TIME_FIELDS = frozenset({"images_per_second", "data_wait", "memory_peak", "seconds", "time", "attempt"})
+
+
+def kept_after_resume(record: Record, *, step: int, evaluated_step: int) -> bool:
+    """Whether a record belongs to what a checkpoint of `step`, last evaluated at `evaluated_step`, has seen."""
+    return bool(record["step"] <= (evaluated_step if record["kind"] == "evaluate" else step))
+
+
+def read_records(path: Path) -> list[Record]:
+    """The whole lines of a metrics file; a line torn by a kill is left out."""
+    records: list[Record] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                if isinstance(record, dict) and "step" in record and "kind" in record:
+                    records.append(record)
+            except ValueError:
+                continue
+    return records
+
+
+def rewrite(path: Path, lines: list[str]) -> None:
+    """Replaces a file's lines in one atomic move."""
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+class MetricsFile:
+    """metrics.jsonl: after a resume it holds exactly what the checkpoint has seen, so that no step occurs twice.
+
+    A full disk keeps lines in memory until it takes them again; nothing is lost, and training goes on.
+    """
+
+    def __init__(self, path: Path, *, step: int, evaluated_step: int) -> None:
+        self._path, self._waiting, self._warned = path, [], False  # type: tuple[Path, list[str], bool]
+        self.records = [record for record in read_records(path)
+                        if kept_after_resume(record, step=step, evaluated_step=evaluated_step)]
+        rewrite(path, [json.dumps(record) for record in self.records])
+
+    def write(self, record: Record) -> None:
+        self._waiting.append(json.dumps(record))
+        self.flush()
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Writes what waits; `durable` also waits for the disk (before a checkpoint that has seen it)."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                size = file.tell()
+                try:
+                    file.write("".join(line + "\n" for line in self._waiting))
+                    file.flush()
+                except OSError:
+                    os.truncate(self._path, size)  # no torn line in the middle of the file
+                    raise
+                self._waiting = []
+                if durable:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            if not self._warned:
+                say(f"{self._path} can't be written ({error.strerror}); its lines wait in memory.")
+            self._warned = True
+
+
+class TensorBoard:
+    """TensorBoard scalars, made anew from the kept records at every start, so that no point occurs twice."""
+
+    def __init__(self, folder: Path, records: list[Record]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # half a second, so only where it is wanted
+
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder))
+        for record in records:
+            self.write(record)
+
+    def write(self, record: Record) -> None:
+        if self._writer is None:
+            return
+        try:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name not in ("step", "time", "attempt"):
+                    self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"],
+                                            walltime=record.get("time"))
+        except OSError as error:
+            say(f"TensorBoard scalars can't be written ({error.strerror}); metrics.jsonl has them.")
+            self._writer = None
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def say(text: str) -> None:
+    """A line of the program's own, once: rank 0 calls it."""
+    print(f"alexnet-ddp: {text}", flush=True)
+
+
+class Console:
+    """One moving line on a terminal, plain lines elsewhere (no carriage returns in log files)."""
+
+    def __init__(self, *, total_steps: int) -> None:
+        self._total, self._live = total_steps, sys.stdout.isatty()
+
+    def train(self, record: Record, *, seconds_per_step: float) -> None:
+        left = seconds_per_step * (self._total - record["step"])
+        line = (f"epoch {record['epoch'] + 1}  step {record['step']}/{self._total}  "
+                f"{record['step'] / self._total:4.0%}  loss {record['loss']:.4f}  top-1 {record['top1']:.2%}  "
+                f"lr {record['lr']:.4g}  {record['images_per_second']:.0f} img/s  "
+                f"waiting for data {record['data_wait']:.0%}  left {duration(left)}")
+        if self._live:
+            width = shutil.get_terminal_size().columns
+            print("\r" + line[: width - 1].ljust(width - 1), end="", flush=True)
+        else:
+            print(line, flush=True)
+
+    def evaluate(self, record: Record) -> None:
+        self.line(f"epoch {record['epoch']}  step {record['step']}  held-out top-1 {record['top1']:.2%} "
+                  f"({record['correct1']} of {record['samples']})  top-5 {record['top5']:.2%}  "
+                  f"loss {record['loss']:.4f}  in {record['seconds']:.1f} s")
+
+    def line(self, text: str) -> None:
+        if self._live:
+            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
+        print(text, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """4000 -> '1h06m'."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
+    return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
+
+
+class Trace:
+    """trace/rank_N.jsonl: the sample ids, views (as `decode.View`) and flips of every step on one rank."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"rank_{rank}.jsonl").open("a", encoding="utf-8")
+
+    def write(self, step: int, *, samples: list[int], views: list[list[int]], flips: list[bool]) -> None:
+        self._file.write(json.dumps({"step": step, "samples": samples, "views": views, "flips": flips}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def cut_traces(folder: Path, *, step: int) -> None:
+    """Drops the traces of steps that a resumed run is going to take again."""
+    for path in folder.glob("rank_*.jsonl"):
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.append(line)
+            except ValueError:
+                continue
+        rewrite(path, kept)
+
+
+def now() -> float:
+    """Unix time, seconds."""
+    return round(time.time(), 3)

@@ -1,0 +1,73 @@
+"""One optimizer step: accumulate, sum over ranks, find infinities, clip, move the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from alexnet_ddp.metrics import Window
+from alexnet_ddp.models.dropout import set_dropout_rows
+
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class MicroBatch:
+    """What one forward takes, on the device; n may be 0."""
+
+    pixels: Tensor  # float32 [n, channels, size, size], normalised
+    labels: Tensor  # int64 [n]
+    dropout_rows: Tensor  # int64 [n], the samples' dropout keys
+    last: bool  # the step's last on this rank: its backward sums the gradients over the ranks
+
+
+def sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP communication hook: plain sum over ranks. Losses are already divided by the whole global batch."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+class Step:
+    """Takes optimizer steps. Counters stay on the device; nothing here waits for it."""
+
+    def __init__(self, net: DistributedDataParallel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                 *, amp: str, clip_norm: float | None, tick: Callable[[str], None]) -> None:
+        self.net, self.optimizer, self.scaler = net, optimizer, scaler
+        self._dtype, self._clip, self._tick = AMP[amp], clip_norm, tick
+        self._parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        self._device = self._parameters[0].device
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
+
+    def __call__(self, micro_batches: Iterable[MicroBatch], *, lr: float, planned: int, window: Window) -> None:
+        """One step over a rank's part of a global batch of `planned` samples."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+
+        for batch in micro_batches:
+            self._tick("compute")
+            with contextlib.nullcontext() if batch.last else self.net.no_sync():
+                set_dropout_rows(self.net.module, batch.dropout_rows)
+                with self.autocast():
+                    logits = self.net(batch.pixels)
+                losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+                self.scaler.scale(losses.sum() / planned).backward()  # the last one sums over ranks
+            window.add(losses.detach(), logits.detach(), batch.labels)
+        self._tick("gradients")
+
+        self.scaler.unscale_(self.optimizer)  # in every precision: this is what finds inf and nan, on the device
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)  # of the true gradients, before clipping; same on all ranks
+        if self._clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
+        self.scaler.step(self.optimizer)  # the fused optimizer skips itself where an infinity was found
+        self.scaler.update(None if self._dtype is torch.float16 else 1.0)
+        window.close_step(norm)

@@ -1,0 +1,1 @@
+"""Starting runs: on this box through torchrun. Importing it imports no torch, so that it is quick on login nodes."""

@@ -1,0 +1,52 @@
+"""This box: one rank per GPU through torchrun's own launcher, with our exit codes and without its traceback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from pathlib import Path
+
+from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
+from alexnet_ddp.stop import SIGNALS
+
+SHUTDOWN = 600  # seconds the ranks may take to save once a stop signal was passed on
+
+
+def ranks_wanted(text: str) -> int:
+    """`--nproc-per-node`: a number, or auto: one per GPU, one per core where there is none. Raises UserError."""
+    if text == "auto":
+        import torch
+
+        return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--nproc-per-node takes a number of ranks above 0, or auto, got '{text}'.")
+    return int(text)
+
+
+def launch(arguments: list[str], *, ranks: int, run_dir: Path) -> int:
+    """Runs `alexnet-ddp ARGUMENTS` on `ranks` ranks of this machine and returns the run's exit code.
+
+    Stop signals reach the ranks, which save and leave; no port is fixed, so several runs fit on one machine.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from alexnet_ddp.run import read_state
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what went wrong
+    agent = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, shutdown_timeout=SHUTDOWN,
+        signals_to_handle=",".join(f"SIG{name}" for name in SIGNALS))
+    try:
+        elastic_launch(agent, sys.executable)("-u", "-m", "alexnet_ddp", *arguments)
+    except ChildFailedError as failed:
+        _, first = failed.get_first_failure()
+        return EXIT_USER if first.exitcode == EXIT_USER else EXIT_FAILED
+    except SignalException:
+        pass  # passed on to the ranks, which have left by now; state.json says whether in good order
+    status = read_state(run_dir).get("status")
+    return {"finished": EXIT_FINISHED, "preempted": EXIT_STOPPED}.get(str(status), EXIT_FAILED)
