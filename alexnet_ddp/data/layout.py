@@ -66,10 +66,10 @@ def no_images(listing: Listing, source: Source) -> UserError:
     found = (
         ", ".join(f"{count} {suffix}" for suffix, count in listing.others.most_common(5)) or "no files at all"
     )
-    return UserError(
-        f"{source}: no images there (.jpg, .jpeg, .jpe or .png); found: {found}.\n"
-        f"Give a place whose directories are classes that hold images."
-    )
+    way_out = "Give a place whose directories are classes that hold images."
+    if listing.others[".tar"]:  # as in ImageNet's own train archive: a tar a class
+        way_out = "Unpack the outer tar, and each of the inner ones into a directory named after its class."
+    return UserError(f"{source}: no images there (.jpg, .jpeg, .jpe or .png); found: {found}.\n{way_out}")
 
 
 def _base(listing: Listing, source: Source) -> bytes:

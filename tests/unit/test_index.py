@@ -1,0 +1,422 @@
+"""The index: the same samples are the same index, however they are stored; reads, cache and memory."""
+
+import errno
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alexnet_ddp.data import index as index_module
+from alexnet_ddp.data.index import Index, check_pair, open_index, summary
+from alexnet_ddp.data.sources import Source, Stamp
+from alexnet_ddp.data.table import Table
+from alexnet_ddp.errors import UserError
+
+# The order must be that of code points: capitals before small letters, umlauts and beyond last.
+CLASSES = ("Zebra", "ant", "bee", "äffin", "𝄞clef")
+SAMPLES = {
+    f"{name}/{stem}{suffix}": f"{name} {stem}".encode() * 3
+    for name in CLASSES
+    for stem, suffix in (("10", ".jpg"), ("9", ".JPEG"), ("B", ".png"), ("a.b", ".jpe"), ("more/1", ".Jpg"))
+}
+IN_ORDER = [f"{name}/{stem}" for name in CLASSES for stem in ("10", "9", "B", "a.b", "more/1")]
+AN_HOUR_AGO = 3600
+
+
+def settle(*paths: Path) -> None:
+    """Makes everything an hour old: what has just changed is not cached."""
+    for path in paths:
+        inside = sorted(path.rglob("*"), reverse=True) if path.is_dir() else []
+        for one in (*inside, path):
+            then = one.stat().st_mtime_ns - AN_HOUR_AGO * 10**9
+            os.utime(one, ns=(then, then))
+
+
+def make_folder(root: Path, samples: dict[str, bytes]) -> Path:
+    for name, data in samples.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    settle(root)
+    return root
+
+
+def make_tar(path: Path, members: dict[str, bytes], *, format: int = tarfile.GNU_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    settle(path)
+    return path
+
+
+def shuffled(members: dict[str, bytes]) -> dict[str, bytes]:
+    names = list(members)
+    random.Random(3).shuffle(names)
+    return {name: members[name] for name in names}
+
+
+def keyed(samples: dict[str, bytes]) -> dict[str, bytes]:
+    """As a WebDataset shard: the class in a .json beside each image."""
+    members = {}
+    for name, data in samples.items():
+        label = {"class_name": name.partition("/")[0], "label": 7}
+        members |= {name: data, f"{name.rpartition('.')[0]}.json": json.dumps(label).encode()}
+    return members
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> dict[str, str]:
+    """The same samples in every kind of storage."""
+    half = len(SAMPLES) // 2
+    mixed = shuffled(SAMPLES)
+    parts = [dict(list(mixed.items())[:half]), dict(list(mixed.items())[half:])]
+    inside = {f"./data/train/{name}": data for name, data in mixed.items()}
+    make_tar(tmp_path / "inside.tar", inside | {f"data/val/{name}": b"other" for name in mixed})
+    for number, part in enumerate(parts):
+        make_tar(tmp_path / f"parts/train-{number:06d}.tar", part)
+        make_tar(tmp_path / f"keyed/train-{number}.tar", keyed(part))
+    return {
+        "folder": str(make_folder(tmp_path / "folder", mixed)),
+        "tar": f"{make_tar(tmp_path / 'gnu.tar', mixed)}::",
+        "pax tar": f"{make_tar(tmp_path / 'pax.tar', mixed, format=tarfile.PAX_FORMAT)}::",
+        "path inside a tar": f"{tmp_path}/inside.tar::data/train",
+        "folder of shards": f"{tmp_path}/parts::",
+        "glob": f"{tmp_path}/parts/train-*.tar::",
+        "brace range": f"{tmp_path}/parts/train-{{000000..000001}}.tar::",
+        "WebDataset": f"{tmp_path}/keyed/train-{{0..1}}.tar",
+    }
+
+
+def test_every_storage_gives_the_same_index(copies: dict[str, str], cache: Path) -> None:
+    """The same samples have the same identity, ids, names, labels and bytes in a folder, tars and shards."""
+    indexes = {kind: open_index(locator, cache_dir=cache) for kind, locator in copies.items()}
+    for kind, index in indexes.items():
+        assert index.classes == list(CLASSES), kind
+        assert [index.name(sample) for sample in range(len(index))] == IN_ORDER, kind
+        assert index.labels.tolist() == [label for label in range(5) for _ in range(5)], kind
+        by_stem = {name.rpartition(".")[0]: data for name, data in SAMPLES.items()}
+        assert [index.read(sample) for sample in range(len(index))] == [by_stem[name] for name in IN_ORDER], (
+            kind
+        )
+        index.close()
+    assert len({index.identity for index in indexes.values()}) == 1
+    places = {kind: index.storage for kind, index in indexes.items()}
+    assert places.pop("glob") == places.pop("brace range") == places["folder of shards"]  # the same files
+    assert len(set(places.values())) == len(places)
+
+
+def test_identity_tells_names_and_labels_apart(tmp_path: Path, cache: Path) -> None:
+    """Identity changes with a sample's name, its class or a class's name, and not with its bytes."""
+    base = {"a/1.jpg": b"x", "a/2.jpg": b"y", "b/1.jpg": b"z"}
+    variants = {
+        "other bytes": base | {"a/1.jpg": b"other"},
+        "other name": {"a/3.jpg": b"x", "a/2.jpg": b"y", "b/1.jpg": b"z"},
+        "other class": {"a/1.jpg": b"x", "b/2.jpg": b"y", "b/1.jpg": b"z"},
+        "other class name": {"a/1.jpg": b"x", "a/2.jpg": b"y", "c/1.jpg": b"z"},
+    }
+    first = open_index(str(make_tar(tmp_path / "base.tar", base)), cache_dir=cache)
+    for number, (kind, members) in enumerate(variants.items()):
+        other = open_index(str(make_tar(tmp_path / f"{number}.tar", members)), cache_dir=cache)
+        assert (other.identity == first.identity) == (kind == "other bytes"), kind
+        assert other.storage != first.storage, kind
+
+
+def test_order_is_independent_of_the_locale(copies: dict[str, str]) -> None:
+    """Processes under other locales and file system encodings get the same identity."""
+    program = (
+        "import sys; from alexnet_ddp.data.index import open_index\n"
+        "print([open_index(each).identity for each in sys.argv[1:]])"
+    )
+    told = set()
+    for settings in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "C.UTF-8"}):
+        environment = {**os.environ, **settings, "ALEXNET_DDP_CACHE": os.devnull}
+        command = [sys.executable, "-c", program, copies["folder"], copies["tar"], copies["WebDataset"]]
+        told.add(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert len(told) == 1
+
+
+def test_where_names_file_or_member(copies: dict[str, str], cache: Path) -> None:
+    """A message's place is a path that exists, or a tar with member and offset at which the bytes lie."""
+    for kind, locator in copies.items():
+        index = open_index(locator, cache_dir=cache)
+        for sample in (0, 4, len(index) - 1):
+            place = index.where(sample)
+            if kind == "folder":
+                assert Path(place).read_bytes() == index.read(sample)
+                continue
+            tar, member, offset = place.replace(" at offset ", ": ").split(": ")
+            with tarfile.open(tar) as archive:
+                members = {one.name.removeprefix("./"): one for one in archive.getmembers()}
+            assert members[member].offset_data == int(offset)
+
+
+def test_reads_from_eight_threads(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight threads that read all samples at once get each sample's bytes, descriptors kept or not."""
+    monkeypatch.setattr(index_module, "KEPT_OPEN", 2)
+    expected = []
+    for shard in range(4):
+        members = {f"c/{shard}-{n:03d}.jpg": bytes([shard, n % 251]) * (100 + n) for n in range(150)}
+        make_tar(tmp_path / f"shards/{shard}.tar", members)
+        expected += members.values()
+    index = open_index(f"{tmp_path}/shards", cache_dir=cache)
+
+    def read_all(start: int) -> bool:
+        order = [(start * 71 + step) % len(index) for step in range(len(index))]
+        return all(index.read(sample) == expected[sample] for sample in order)
+
+    with index, ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read_all, range(8)))
+
+
+def test_a_forked_child_opens_its_own_descriptors(copies: dict[str, str], cache: Path) -> None:
+    """A child forked after the first read, even with the lock held, reads right bytes on its own."""
+    index = open_index(copies["tar"], cache_dir=cache)
+    expected = index.read(3)
+    index._tars._lock.acquire()  # as another thread would hold it while it opens a tar
+    child = os.fork()
+    if child == 0:
+        fine = not index._tars._descriptors and index.read(3) == expected
+        os._exit(0 if fine else 1)
+    index._tars._lock.release()
+    assert os.waitpid(child, 0)[1] == 0
+    assert index.read(3) == expected
+
+
+def test_a_tar_replaced_under_the_index_is_refused(tmp_path: Path, cache: Path) -> None:
+    """A tar that changed between index and first read is refused, not read at the wrong place."""
+    tar = make_tar(tmp_path / "a.tar", {"c/1.jpg": b"one", "d/2.jpg": b"two"})
+    index = open_index(str(tar), cache_dir=cache)
+    make_tar(tar, {"c/0.jpg": b"zero" * 999, "c/1.jpg": b"one", "d/2.jpg": b"two"})
+    with pytest.raises(UserError, match="a.tar: was changed after its index was made"):
+        index.read(0)
+
+
+def test_a_tar_cut_while_it_is_read_is_an_os_error(tmp_path: Path, cache: Path) -> None:
+    """Bytes that have gone are an OSError that says how many are left, never a short image."""
+    tar = make_tar(tmp_path / "a.tar", {"c/1.jpg": b"1" * 700, "d/2.jpg": b"2" * 700})
+    index = open_index(str(tar), cache_dir=cache)
+    assert len(index.read(0)) == 700
+    os.truncate(tar, 600)
+    with pytest.raises(OSError, match="only 88 of 700 bytes") as caught:
+        index.read(0)
+    assert caught.value.errno == errno.EIO and caught.value.filename == str(tar)
+
+
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Counts scans from here on."""
+    seen: list[str] = []
+    for name in ("scan_folder", "scan_tars"):
+        scan = getattr(index_module, name)
+        monkeypatch.setattr(
+            index_module, name, lambda source, scan=scan: (seen.append(str(source)), scan(source))[1]
+        )
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "brace range", "WebDataset"])
+def test_the_second_opening_reads_the_cache(
+    kind: str, copies: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index from the cache equals the scanned one in every respect, and nothing is scanned for it."""
+    seen = scans(monkeypatch)
+    first, second = (open_index(copies[kind], cache_dir=cache) for _ in range(2))
+    assert len(seen) == 1 and second.cache.startswith("read from")
+    assert (first.identity, first.storage, first.classes, first.notes) == (
+        second.identity,
+        second.storage,
+        second.classes,
+        second.notes,
+    )
+    for name in Table.COLUMNS:
+        left, right = getattr(first.table, name), getattr(second.table, name)
+        assert left.dtype == right.dtype and np.array_equal(left, right), name
+    assert [first.where(n) for n in range(len(first))] == [second.where(n) for n in range(len(second))]
+    assert not list(cache.rglob(".tmp-*"))
+
+
+def test_a_changed_source_is_scanned_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rewritten tar, a new shard, and a file added anywhere in a folder are seen at the next opening."""
+    shards, folder = tmp_path / "shards", tmp_path / "folder"
+    make_tar(shards / "0.tar", {"c/1.jpg": b"x"})
+    make_folder(folder, {"c/sub/1.jpg": b"x", "d/1.jpg": b"x"})
+    seen = scans(monkeypatch)
+
+    def sizes() -> tuple[int, int]:
+        return len(open_index(str(shards), cache_dir=cache)), len(open_index(str(folder), cache_dir=cache))
+
+    assert sizes() == sizes() == (1, 2) and len(seen) == 2
+    os.utime(make_tar(shards / "0.tar", {"c/1.jpg": b"x", "c/2.jpg": b"x"}), ns=(10**18, 10**18))
+    (folder / "c/sub/2.jpg").write_bytes(b"x")
+    os.utime(folder / "c/sub", ns=(10**18, 10**18))
+    assert sizes() == sizes() == (2, 3) and len(seen) == 4
+    make_tar(shards / "1.tar", {"c/3.jpg": b"x"})
+    (folder / "e").mkdir()
+    (folder / "e/1.jpg").write_bytes(b"x")
+    settle(folder)
+    assert sizes() == sizes() == (3, 4) and len(seen) == 6
+
+
+def test_what_has_just_changed_is_not_cached(tmp_path: Path, cache: Path) -> None:
+    """A source younger than two seconds may change within one tick of a coarse clock: not cached yet."""
+    tar = make_tar(tmp_path / "a.tar", {"c/1.jpg": b"x"})
+    os.utime(tar)
+    assert "changed within the last two seconds" in open_index(str(tar), cache_dir=cache).cache
+    assert not cache.exists()
+
+
+def damage_bytes(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    place = data.index(b"labels.npy") + 200  # within the first column
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def damage_column(path: Path, **changes: object) -> None:
+    """A well-formed file with wrong contents, as another program or version may leave it."""
+    with np.load(path) as stored:
+        columns = dict(stored)
+    for name, change in changes.items():
+        columns[name] = change(columns[name])  # type: ignore[operator]
+    np.savez(path, **columns)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_bytes,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"something else altogether"),
+        lambda path: path.write_bytes(path.read_bytes()[:-300]),
+        lambda path: path.write_bytes(path.read_bytes()[300:]),
+        lambda path: np.savez(path, other=np.zeros(3)),
+        lambda path: np.savez(path, meta=np.array([{"a": "pickle"}], dtype=object)),
+        lambda path: damage_column(path, labels=lambda labels: labels + 1),
+        lambda path: damage_column(path, labels=lambda labels: labels.astype(np.int64)),
+        lambda path: damage_column(path, offsets=lambda offsets: offsets[:-1]),
+        lambda path: damage_column(path, names=lambda names: names[::-1]),
+        lambda path: damage_column(path, containers=lambda containers: containers - 1),
+        lambda path: damage_column(path, meta=lambda _: np.frombuffer(b"[1, 2]", np.uint8)),
+        lambda path: damage_column(path, meta=lambda _: np.frombuffer(b"\xff{", np.uint8)),
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(damage, tmp_path: Path, cache: Path) -> None:
+    """A cache file that is cut, changed in one bit, foreign or of another shape never reaches a user."""
+    tar = make_tar(tmp_path / "a.tar", {"c/1.jpg": b"one", "d/2.jpg": b"two"})
+    first = open_index(str(tar), cache_dir=cache)
+    damage(next(cache.rglob("*.npz")))
+    second = open_index(str(tar), cache_dir=cache)
+    assert not second.cache.startswith("read from")
+    assert second.identity == first.identity and [second.read(n) for n in range(2)] == [b"one", b"two"]
+
+
+def test_an_unwritable_cache_is_no_error(tmp_path: Path) -> None:
+    """Where the cache can't be written the index is held in memory, and says so."""
+    tar = make_tar(tmp_path / "a.tar", {"c/1.jpg": b"one"})
+    (tmp_path / "file").write_bytes(b"")
+    index = open_index(str(tar), cache_dir=tmp_path / "file")
+    assert index.read(0) == b"one" and index.cache.startswith("not kept (")
+
+
+def test_the_cache_lies_where_it_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default cache directory follows ALEXNET_DDP_CACHE, then XDG_CACHE_HOME, then the home directory."""
+    default = index_module.index_cache.default_cache_dir
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("ALEXNET_DDP_CACHE", str(tmp_path / "own"))
+    assert default() == tmp_path / "own"
+    monkeypatch.delenv("ALEXNET_DDP_CACHE")
+    assert default() == tmp_path / "xdg/alexnet-ddp"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default() == tmp_path / "home/.cache/alexnet-ddp"
+
+
+def test_memory_of_the_whole_of_imagenet(tmp_path: Path) -> None:
+    """1.28 million samples are held in less than 100 MB, and any name is found."""
+    count, classes = 1_281_167, 1000
+    labels = np.sort(np.arange(count, dtype=np.int32) % classes)
+    names = np.tile(
+        np.frombuffer(b"n00000000_0000000", dtype=np.uint8), (count, 1)
+    )  # longer than ImageNet's own
+    names[:, -7:] += (np.arange(count)[:, None] // 10 ** np.arange(6, -1, -1) % 10).astype(np.uint8)
+    zeros = np.zeros(count, dtype=np.int32)
+    table = Table(
+        classes=tuple(f"n{label:08d}".encode() for label in range(classes)),
+        suffixes=(b".JPEG",),
+        base=b"train",
+        class_in_path=True,
+        labels=labels,
+        offsets=np.arange(count, dtype=np.int64) * 110_000,
+        sizes=zeros + 110_000,
+        containers=zeros,
+        suffix_codes=zeros.astype(np.uint8),
+        name_ends=np.arange(1, count + 1, dtype=np.int64) * 17,
+        names=names.reshape(-1),
+    )
+    source = Source("tar", ("/data/train.tar",), "/data/train.tar")
+    index = Index(table, source=source, stamps=[Stamp("/data/train.tar", 1, 1)])
+    assert index.table.nbytes < 100e6
+    assert index.name(0) == "n00000000/n00000000_0000000"
+    assert index.name(count - 1) == "n00000999/n00000000_1281166"
+    assert index.where(1) == "/data/train.tar: train/n00000000/n00000000_0000001.JPEG at offset 110000"
+    held = [value for owner in (index, table) for value in vars(owner).values()]
+    assert all(len(value) <= classes for value in held if isinstance(value, list | tuple | dict | set))
+
+
+def test_check_pair_names_the_difference(tmp_path: Path, cache: Path) -> None:
+    """Class lists that differ are refused with the first missing and extra classes; equal ones pass."""
+
+    def index(name: str, members: dict[str, bytes]) -> Index:
+        return open_index(str(make_tar(tmp_path / f"{name}.tar", members)), cache_dir=cache)
+
+    train = index("train", {f"{name}/1.jpg": b"x" for name in ("cat", "dog", "eel")})
+    check_pair(train, index("val", {f"{name}/2.jpg": b"x" for name in ("eel", "cat", "dog")}))
+    with pytest.raises(
+        UserError, match=r"(?s)has 3.*has 2.*Only in training \(2\): dog, eel\..*Only in valida.*fox"
+    ):
+        check_pair(train, index("other", {f"{name}/2.jpg": b"x" for name in ("cat", "fox")}))
+
+    numbers = [str(number) for number in range(11)]
+    sorted_by_name = index("names", {f"{number}/1.jpg": b"x" for number in numbers})
+    pairs = {f"{number}.jpg": b"x" for number in numbers} | {
+        f"{number}.cls": number.encode() for number in numbers
+    }
+    with pytest.raises(UserError, match="their order isn't"):
+        check_pair(sorted_by_name, index("numbers", pairs))
+
+
+def test_summary_tells_what_is_there(tmp_path: Path, cache: Path) -> None:
+    """The summary holds samples, classes, extremes, bytes, identity, cache and notes."""
+    members = {"cat/1.jpg": b"12", "cat/2.jpg": b"34", "dog/1.jpg": b"5", "dog/readme.txt": b"?"}
+    index = open_index(str(make_tar(tmp_path / "a.tar", members)), cache_dir=cache)
+    lines = dict(line.split(maxsplit=1) for line in summary(index).splitlines())
+    assert lines["samples"] == "3" and lines["classes"] == "2 (cat, dog)"
+    assert lines["smallest"] == "dog: 1" and lines["largest"] == "cat: 2"
+    assert lines["bytes"].startswith("5 ") and lines["identity"] == index.identity
+    assert lines["note"] == "1 other files are ignored (1 .txt)"
+    assert str(cache) in lines["cache"]
+
+
+def test_the_index_imports_no_torch() -> None:
+    """Opening an index needs NumPy and the standard library only."""
+    program = (
+        "import sys, alexnet_ddp.data.index, alexnet_ddp.data.download; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
