@@ -67,7 +67,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 define python_is_new_enough
-@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
     echo "Python 3.11 or newer is needed; '$(PYTHON)' is missing or older ($$($(PYTHON) --version 2>&1))."; \
     echo "Install one and name it:  make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12"; \
     exit 1; }
