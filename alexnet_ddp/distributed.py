@@ -197,7 +197,7 @@ def numeric_fingerprint(world: World, *, decoder: str, micro_batch: int, assignm
                         deterministic: bool) -> dict[str, Any]:
     """What the bits of a result depend on besides the recipe: equal fingerprints give equal bits."""
     where: dict[str, Any] = {
-        "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__), "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(), "ranks": world.size, "nodes": world.nodes,
         "device": torch.cuda.get_device_name(world.device) if world.on_gpu else "cpu",
         "decoder": decoder, "micro_batch": micro_batch, "assignment": assignment, "amp": amp,

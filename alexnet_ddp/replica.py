@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def put_back(state: TrainState | None, *, world: World, step: Step, window: Wind
         raise UserError(f"The checkpoint doesn't fit the net: {difference}.\nUse the recipe it was made with, "
                         "or give the new run a name of its own (name=...).")
     if place is None:
-        return _plain(TrainState())
+        return _place(_plain(TrainState()))
     for tensors in live.values():
         for tensor in tensors.values():
             dist.broadcast(tensor, src=0)
@@ -64,11 +63,15 @@ def put_back(state: TrainState | None, *, world: World, step: Step, window: Wind
                                      "_growth_tracker": place["scaler"]["growth_tracker"]})
     window.restore(None if state is None else state.window, filled=place["window_rows"], skipped=place["skipped"],
                    in_a_row=place["skipped_in_a_row"], owner=world.rank == 0)
-    return {name: value for name, value in place.items() if name not in ("scaler", "window_rows")}
+    return _place(place)
 
 
 def _plain(state: TrainState) -> Place:
-    return dict(replace(state, model={}, optimizer={}, window=None, window_rows=state.window_rows).plain())
+    return dict(state.plain())
+
+
+def _place(plain: Place) -> Place:
+    return {name: value for name, value in plain.items() if name not in ("scaler", "window_rows")}
 
 
 def _difference(live: dict[str, dict[str, Tensor]], saved: dict[str, dict[str, Tensor]]) -> str:

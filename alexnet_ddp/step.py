@@ -1,15 +1,14 @@
 """One optimizer step: accumulate, sum over ranks, find infinities, clip, move the weights."""
 
-from __future__ import annotations
-
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_ddp.metrics import Window
@@ -28,10 +27,22 @@ class MicroBatch:
     last: bool  # the step's last on this rank: its backward sums the gradients over the ranks
 
 
+# DDP reads this function's annotations, so this module keeps them as objects (no `from __future__`).
 def sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP communication hook: plain sum over ranks. Losses are already divided by the whole global batch."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
+
+
+def wrap(net: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The net under DDP: gradients are plain sums over ranks, and batch-norm statistics stay each rank's own."""
+    # torch renames the switch; the new one is there from the version on that warns of the old.
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None,
+                                  gradient_as_bucket_view=True, **{switch: False})
+    ddp.register_comm_hook(None, sum_gradients)
+    return ddp
 
 
 class Step:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_ddp import config as recipes
 from alexnet_ddp import distributed, faults, replica, sinks
@@ -39,7 +38,7 @@ from alexnet_ddp.optim import create_optimizer, create_scaler
 from alexnet_ddp.run import RunDirectory, Start, lineage_of
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.sinks import say
-from alexnet_ddp.step import MicroBatch, Step, sum_gradients
+from alexnet_ddp.step import MicroBatch, Step, wrap
 from alexnet_ddp.stop import CAUSES, STOP_FILE, StopRequests, deadline_from, lead_time
 from alexnet_ddp.transfer import Transfer
 from alexnet_ddp.watchdog import Failure, Watchdog, is_peer_loss
@@ -115,9 +114,7 @@ class Trainer:
             lrn_after=tuple(config.model.lrn_after)))
         net = net.to(world.device, memory_format=torch.channels_last)
         self.reseed = replica.has_torch_dropout(net)
-        ddp = DistributedDataParallel(net, device_ids=[world.device.index] if world.on_gpu else None,
-                                      gradient_as_bucket_view=True, broadcast_buffers=False)
-        ddp.register_comm_hook(None, sum_gradients)
+        ddp = wrap(net, world.device)
         self.step = Step(ddp, create_optimizer(net, config.optim), create_scaler(config.amp, world.device),
                          amp=config.amp, clip_norm=config.clip_norm, tick=self._tick)
         self.window = Window(config.log.steps, device=world.device)

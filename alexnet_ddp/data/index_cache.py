@@ -39,8 +39,12 @@ def default_cache_dir() -> Path:
     """$ALEXNET_DDP_CACHE, else alexnet-ddp in $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("ALEXNET_DDP_CACHE"):
         return Path(own)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "alexnet-ddp"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "alexnet-ddp"
+    try:
+        return Path.home() / ".cache" / "alexnet-ddp"
+    except RuntimeError:  # a container's user without a name or a home
+        return Path(tempfile.gettempdir()) / f"alexnet-ddp-{os.getuid()}"
 
 
 def cache_path(source: Source, cache_dir: Path) -> Path:
