@@ -57,7 +57,7 @@ def killed_before(call_number):
 
 outcomes = []
 last = 0
-for number, mode in enumerate(["calls"] * 48 + ["moments"] * 20):
+for number, mode in enumerate(["calls"] * 60 + ["moments"] * 20):
     finished, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -108,7 +108,7 @@ def test_sigkill_in_a_save_never_costs_a_finished_checkpoint(directory: Path) ->
     )
     assert done.returncode == 0, done.stderr  # the script checks what each kill left
     results = json.loads(done.stdout)
-    assert len(results) == 68
+    assert len(results) == 80
     left = {
         mode: " ".join(name for r in results if r["mode"] == mode for name in r["left"]) for mode in MODES
     }
