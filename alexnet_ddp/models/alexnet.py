@@ -48,9 +48,9 @@ class AlexNetSingle(nn.Module):
     """The single-column AlexNet of the tutorials: the paper's layer sizes without its split over two GPUs.
 
     62,378,344 parameters at the defaults. The first padding is 2, and 0 for an image of 227 pixels: both
-    give 55x55. `lrn_after` names the blocks (1 to 5) that end in local response normalisation. Raises
-    UserError for an image too small for the pools, and in `forward` for one whose features don't fit the
-    first fully connected layer.
+    give 55x55. Initialised after He et al. (2015). `lrn_after` names the blocks (1 to 5) that end in local
+    response normalisation. Raises UserError for an image too small for the pools, and in `forward` for one
+    whose features don't fit the first fully connected layer.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class AlexNetSingle(nn.Module):
         self.features = nn.Sequential(OrderedDict(zip(BLOCK_NAMES, blocks, strict=True)))
         inputs = channels[-1] * self.feature_size**2
         self.classifier = classifier(inputs, scaled((4096, 4096), width), num_classes, dropout)
+        initialise_for_relu(self)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -89,8 +90,9 @@ class AlexNetSingle(nn.Module):
 class AlexNetTorchvision(nn.Module):
     """torchvision's AlexNet ("One weird trick", Krizhevsky 2014, one column): its state dict loads unchanged.
 
-    61,100,840 parameters at the defaults. Takes images of any size of at least 63 pixels: the features are
-    averaged to 6x6 where they aren't (at 224 they are). Raises UserError for smaller ones.
+    61,100,840 parameters at the defaults, initialised as torchvision's are. Takes images of any size of at
+    least 63 pixels: the features are averaged to 6x6 where they aren't (at 224 they are). Raises UserError
+    for smaller ones.
     """
 
     def __init__(
@@ -181,6 +183,21 @@ def classifier(inputs: int, hidden: Sequence[int], num_classes: int, dropout: fl
         nn.ReLU(inplace=True),
         nn.Linear(second, num_classes),
     )
+
+
+def initialise_for_relu(model: nn.Module) -> None:
+    """He et al. (2015): weights of variance 2 / inputs and zero biases in every layer that a ReLU follows.
+
+    It keeps the signal's size through the net. torch's default makes the variance some six times smaller in
+    every layer, and the loss then stays at ln(classes) for hundreds of steps. The last layer keeps torch's
+    default: small first logits.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.ReLU)]
+    for layer, following in itertools.pairwise(layers):
+        if isinstance(layer, nn.Conv2d | nn.Linear) and isinstance(following, nn.ReLU):
+            assert layer.bias is not None
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
 
 
 def feature_size(image_size: int, *, first_padding: int) -> int:

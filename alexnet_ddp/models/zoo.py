@@ -42,7 +42,7 @@ def create_model(
     image_size: int = 224,
     lrn_after: Collection[int] = (1, 2),
 ) -> nn.Module:
-    """A net with fresh weights (torch's default initialisation), on torch's default device, in training mode.
+    """A net with fresh weights from torch's generator, on torch's default device, in training mode.
 
     name: `alexnet_single`, `alexnet_torchvision` or `torchvision:NAME`. width multiplies every channel and
     hidden unit count (to a multiple of 8); dropout is a probability; image_size is in pixels; lrn_after
