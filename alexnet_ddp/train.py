@@ -318,7 +318,7 @@ class Trainer:
         if self.world.rank == 0:
             self._record(record)
             self.console.train(record, seconds_per_step=elapsed / steps)
-            self._warn(summary.loss)
+            self._warn(summary.loss, steps=steps)
         self._check_finite(summary.skipped_in_a_row)
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -332,16 +332,14 @@ class Trainer:
             return torch.cuda.max_memory_allocated(self.world.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _warn(self, loss: float) -> None:
+    def _warn(self, loss: float, *, steps: int) -> None:
         """A net that sits at chance after half an epoch is told apart from one that only starts slowly."""
         chance = math.log(self.config.model.num_classes)
-        half = self.order.steps_per_epoch / 2
-        if self.place["step"] >= half and not hasattr(self, "warned") and self.start.attempt == 1:
-            self.warned = True
-            if abs(loss - chance) < 0.02:
-                say(f"warning: after half an epoch the loss is still {loss:.3f} = ln({self.config.model.num_classes}), "
-                    f"that of guessing. A learning rate that is too high or too low does that (optim.lr="
-                    f"{self.config.optim.lr:g}), and so do wrong labels. Try --overfit 64 first.")
+        patience = max(self.order.steps_per_epoch / 2, 200)  # the first hundred steps of any net tell nothing
+        if self.place["step"] - steps < patience <= self.place["step"] and abs(loss - chance) < 0.02:
+            say(f"warning: after {self.place['step']} steps the loss is still {loss:.3f}, that of guessing (ln "
+                f"{self.config.model.num_classes} = {chance:.3f}). A learning rate too high or too low does that "
+                f"(optim.lr={self.config.optim.lr:g}), and so do wrong labels. Try --overfit 64 first.")
 
     def _check_finite(self, in_a_row: int) -> None:
         if in_a_row >= self.config.limits.nonfinite:

@@ -36,7 +36,7 @@ def launch(arguments: list[str], *, ranks: int, run_dir: Path) -> int:
 
     from alexnet_ddp.run import read_state
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what went wrong
+    logging.disable(logging.CRITICAL)  # of the agent in this process: the ranks themselves say what went wrong
     agent = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, shutdown_timeout=SHUTDOWN,
