@@ -132,7 +132,7 @@ class Lease:
         """Raise LeaseLost unless the file still holds our token. Reads one small file."""
         if self._lost is None:
             found = _read(self.path)
-            if found is None:  # a slow contender may be putting it back right now
+            if found is None or not found.token:  # a slow contender may be putting it back right now
                 time.sleep(0.2)
                 found = _read(self.path)
             if found is None or found.token != self.holder.token:

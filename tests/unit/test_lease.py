@@ -72,7 +72,9 @@ def held(directory: Path, **options) -> Iterator[Lease]:
 
 def leave(directory: Path, holder: Holder) -> None:
     """A lease that somebody left, as it would lie there after a kill."""
-    (directory / "lease.json").write_bytes(holder.encode())
+    fresh = directory / "fresh"
+    fresh.write_bytes(holder.encode())
+    fresh.replace(directory / "lease.json")  # a new file, as a takeover makes it, not the old one rewritten
 
 
 @pytest.mark.parametrize(
