@@ -150,9 +150,12 @@ def data(words: list[str]) -> int:
 
     from pathlib import Path
 
-    from alexnet_ddp.data.download import download
+    from alexnet_ddp.data.download import download_cifar10
 
-    download(options.what, destination=Path(options.destination))
+    if options.what != "cifar10":
+        raise UserError(f"data download knows cifar10, got '{options.what}'. ImageNet is had from image-net.org, with "
+                        "an account.")
+    print(f"CIFAR-10 lies in {download_cifar10(Path(options.destination))}")
     return EXIT_FINISHED
 
 

@@ -123,7 +123,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-        raise UserError(f"An override is written key=value, got '{text}'. Example: optim.lr=0.02 data.train=/data/train")
+        raise UserError(f"An override is written key=value, got '{text}'. "
+                        "Example: optim.lr=0.02 data.train=/data/train")
     try:
         return key.split("."), yaml.load(value, Loader=_Loader) if value.strip() else None
     except yaml.YAMLError:
@@ -179,8 +180,8 @@ KNOWN_ELSEWHERE = {
 
 
 def _explain(problem: Any) -> str:
-    names = [part for part in problem["loc"] if isinstance(part, str) and not part.startswith(("literal[", "constrained"))]
-    names = [part for part in names if part not in ("int", "float", "str", "none")]
+    branches = ("literal[", "constrained", "int", "float", "str", "none")  # of a union, pydantic's own words
+    names = [part for part in problem["loc"] if isinstance(part, str) and not part.startswith(branches)]
     path, got = ".".join(names), problem["input"]
     if problem["type"] == "extra_forbidden":
         if path in KNOWN_ELSEWHERE:
@@ -258,7 +259,8 @@ def check(config: Config) -> None:
         raise UserError("data.stored=raw256 holds only the central square, so augment.crop=squash can't see the "
                         "whole image. Use data.stored=original or short256.")
     if not re.fullmatch(r"[\w][\w.+=-]*", config.name or "x"):
-        raise UserError(f"name must be letters, digits, '_', '-', '.', '+' or '=', got '{config.name}': it names a folder.")
+        raise UserError(f"name must be letters, digits, '_', '-', '.', '+' or '=', got '{config.name}': "
+                        "it names a folder.")
     if config.deadline is not None:
         parse_duration(config.deadline)
 

@@ -61,8 +61,9 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
         raise UserError("device=cuda asks for a GPU, but torch sees none on this machine. "
                         "Use device=auto or device=cpu, or mend the driver (nvidia-smi).")
     if local_rank >= torch.cuda.device_count():
-        raise UserError(f"Each rank needs a GPU of its own: local rank {local_rank} has none, "
-                        f"{torch.cuda.device_count()} visible. Start at most {torch.cuda.device_count()} ranks on a node.")
+        visible = torch.cuda.device_count()
+        raise UserError(f"Each rank needs a GPU of its own: local rank {local_rank} has none, {visible} visible. "
+                        f"Start at most {visible} ranks on a node.")
     return torch.device("cuda", local_rank)
 
 
@@ -95,6 +96,7 @@ def join(*, device: str, timeout: float) -> World:
     else:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    assert isinstance(control, dist.ProcessGroup)
     mistakes: list[Any] = [None] * size
     dist.all_gather_object(mistakes, (mistake, socket.gethostname(), os.getpid()), group=control)
     first = next((told for told, _, _ in mistakes if told), "")
@@ -152,7 +154,7 @@ def first_on_node(world: World, work: Callable[[], T]) -> T:
             first = work()
 
     everywhere(world, attempt)
-    return everywhere(world, lambda: first if world.local_rank == 0 else work())  # type: ignore[return-value]
+    return everywhere(world, lambda: first if world.local_rank == 0 else work())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ Effect = Literal["free", "bits", "order"]
 
 def field(default: Any, effect: Effect, doc: str, **bounds: Any) -> Any:
     """A recipe field: its default, its effect on resume and its one-line meaning, with pydantic's bounds."""
-    extra = {"resume": effect}
+    extra: dict[str, Any] = {"resume": effect}
     if callable(default):
         return Field(default_factory=default, description=doc, json_schema_extra=extra, **bounds)
     return Field(default=default, description=doc, json_schema_extra=extra, **bounds)

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,8 +40,10 @@ def wrap(net: nn.Module, device: torch.device) -> DistributedDataParallel:
     # torch renames the switch; the new one is there from the version on that warns of the old.
     known = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None,
-                                  gradient_as_bucket_view=True, **{switch: False})
+    settings: dict[str, Any] = {"gradient_as_bucket_view": True, switch: False}
+    if device.type == "cuda":
+        settings["device_ids"] = [device.index]
+    ddp = DistributedDataParallel(net, **settings)
     ddp.register_comm_hook(None, sum_gradients)
     return ddp
 

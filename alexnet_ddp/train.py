@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -112,7 +112,7 @@ class Trainer:
             config.model.name, num_classes=config.model.num_classes, in_channels=config.model.in_channels,
             width=config.model.width, dropout=config.model.dropout, image_size=config.augment.size,
             lrn_after=tuple(config.model.lrn_after)))
-        net = net.to(world.device, memory_format=torch.channels_last)
+        net = net.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.reseed = replica.has_torch_dropout(net)
         ddp = wrap(net, world.device)
         self.step = Step(ddp, create_optimizer(net, config.optim), create_scaler(config.amp, world.device),
@@ -192,8 +192,8 @@ class Trainer:
             say(note)
         weights = sum(parameter.numel() for parameter in self.step.net.parameters())
         say(f"{config.run_dir}: {config.model.name}, {weights:,} parameters, {len(self.data.train):,} images in "
-            f"{len(self.data.train.classes)} classes; {world.size} ranks on {world.nodes} node(s), {self.numeric['device']}; "
-            f"global batch {config.global_batch} (at most {largest_part(config, world=world.size)} a forward)")
+            f"{len(self.data.train.classes)} classes; {world.size} ranks on {world.nodes} node(s), "
+            f"{self.numeric['device']}; global batch {config.global_batch} (at most {largest_part(config, world=world.size)} a forward)")
         if start.resumed_from:
             exact = "exact: yes" if start.exact else f"exact: no, because {start.why_not_exact}"
             say(f"attempt {start.attempt} goes on at step {self.place['step']} of {self.total_steps} from "
@@ -308,7 +308,8 @@ class Trainer:
         summary = self.window.summary()
         elapsed = time.perf_counter() - self.window_began
         record = {
-            "kind": "train", "step": self.place["step"], "epoch": (self.place["step"] - 1) // self.order.steps_per_epoch,
+            "kind": "train", "step": self.place["step"],
+            "epoch": (self.place["step"] - 1) // self.order.steps_per_epoch,
             "samples": summary.samples, "loss": summary.loss, "top1": summary.top1, "lr": self.rate,
             "grad_norm": summary.grad_norm, "skipped": summary.skipped,
             "images_per_second": summary.samples / elapsed,
@@ -475,8 +476,8 @@ class Trainer:
         return (f"out of memory with micro_batch={self.config.micro_batch}, peak {self._memory_peak() / 2**20:.0f} MB. "
                 + fix)
 
-    def _fail(self, cause: str, *, code: int = 1, error: BaseException | None = None) -> Any:
-        """Ends the whole job from this rank, named. Never returns."""
+    def _fail(self, cause: str, *, code: int = 1, error: BaseException | None = None) -> NoReturn:
+        """Ends the whole job from this rank, named."""
         import traceback
 
         detail = "" if error is None else "".join(traceback.format_exception(error))

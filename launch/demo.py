@@ -34,8 +34,8 @@ def demo(runs: str) -> int:
 
     _title("1. Train on two ranks, and stop half-way (USR1, as a cluster would send it)")
     # A demo is shown from its beginning; what an earlier one left is kept under another name.
-    code = _run(["train", str(RECIPE), f"runs={runs}", "--nproc-per-node", "2", "--fresh"], run=Path(runs) / recipe.name,
-                stop_at=0.5)
+    code = _run(["train", str(RECIPE), f"runs={runs}", "--nproc-per-node", "2", "--fresh"],
+                run=Path(runs) / recipe.name, stop_at=0.5)
     if code != EXIT_STOPPED:
         return _unexpected("the stopped run", code)
     _title("2. The same command again: it goes on where it stopped")
@@ -61,7 +61,8 @@ def _verdict(stopped: Path, unstopped: Path, *, seconds: float) -> int:
           f"guessing gives {1 / CLASSES:.1%}), {seconds:.0f} s in all")
     print(f"  curves: tensorboard --logdir {stopped}/tensorboard")
     if one != other:
-        print("The resumed run is not the run that was never stopped: this is a bug, please report it.", file=sys.stderr)
+        print("The resumed run is not the run that was never stopped: this is a bug, please report it.",
+              file=sys.stderr)
         return EXIT_FAILED
     if last["top1"] < 3 / CLASSES:
         print("The net has not learned: less than three times the rate of guessing.", file=sys.stderr)

@@ -113,5 +113,5 @@ def check_owner(*, shards: int, world: int) -> None:
     """Owner assignment gives every rank the same number of shards. Raises UserError with the next good number."""
     if shards % world:
         good = -(-shards // world) * world
-        raise UserError(f"data.assignment=owner needs data.shards to be a multiple of the number of ranks, got {shards} "
-                        f"shards for {world} ranks. Use data.shards={good} (a new run: it changes the order).")
+        raise UserError("data.assignment=owner needs data.shards to be a multiple of the number of ranks, got "
+                        f"{shards} shards for {world} ranks. Use data.shards={good} (a new run: it changes the order).")
