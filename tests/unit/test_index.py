@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -190,6 +191,8 @@ def test_a_forked_child_opens_its_own_descriptors(copies: dict[str, str], cache:
     index._tars._lock.acquire()  # as another thread would hold it while it opens a tar
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler is not for the child
+        signal.alarm(10)  # a child that hangs must not outlive the test
         fine = not index._tars._descriptors and index.read(3) == expected
         os._exit(0 if fine else 1)
     index._tars._lock.release()
@@ -346,6 +349,12 @@ def test_the_cache_lies_where_it_is_said_to(tmp_path: Path, monkeypatch: pytest.
     assert default() == tmp_path / "xdg/alexnet-ddp"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default() == tmp_path / "home/.cache/alexnet-ddp"
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert default().name == f"alexnet-ddp-{os.getuid()}"
 
 
 def test_memory_of_the_whole_of_imagenet(tmp_path: Path) -> None:

@@ -298,12 +298,14 @@ def test_tars_cut_short_are_refused_wherever_they_end() -> None:
         message = refusal("cut.tar")
         assert "cut.tar: " in message and "offset" in message, size
         assert f"is cut short: it ends at offset {size}, " in message or "damaged at offset" in message, size
+    Path("cut.tar").write_bytes(whole.read_bytes()[: end - 512])
+    assert f"{end - 512}, inside b/2.jpg, which begins at offset {end - 1024}" in refusal("cut.tar")
     Path("cut.tar").write_bytes(whole.read_bytes()[: end + 1024])
     assert len(open_index("cut.tar")) == 3
 
 
 def test_damage_inside_a_tar_is_not_taken_for_its_end() -> None:
-    """A damaged header, or a second archive behind the first, is refused: the rest would be lost in silence."""
+    """A damaged header or a second archive behind the first is refused: the rest would be lost."""
     data = bytearray(Path(tar("x.tar", "a/1.jpg", "a/2.jpg", "b/3.jpg")).read_bytes())
     data[1024 + 3] ^= 1
     Path("damaged.tar").write_bytes(data)
