@@ -195,8 +195,8 @@ def _explain(problem: Any) -> str:
     hint = ""
     if problem["type"] == "literal_error" and isinstance(got, str | bool):
         wanted = re.findall(r"'([^']+)'", problem["msg"])
-        near = difflib.get_close_matches(str(got), wanted, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        matches = difflib.get_close_matches(str(got), wanted, n=1)
+        hint = f"; did you mean '{matches[0]}'?" if matches else ""
         if str(got).lower() in ("off", "no", "false") and "none" in wanted:
             hint = "; did you mean 'none'?"
     return f"{path}: {message}, got {got!r}{hint}"

@@ -101,6 +101,7 @@ def join(*, device: str, timeout: float) -> World:
     dist.all_gather_object(mistakes, (mistake, socket.gethostname(), os.getpid()), group=control)
     first = next((told for told, _, _ in mistakes if told), "")
     if first:
+        dist.destroy_process_group()
         raise UserError(first)
     assert chosen is not None
     return World(rank, size, local_rank, local_size, socket.gethostname(), chosen, control,
@@ -141,20 +142,15 @@ def on_rank_0(world: World, work: Callable[[], T]) -> T:
     dist.broadcast_object_list(box, src=0, group=world.control)
     if box[1]:
         raise UserError(box[1])
-    return box[0]  # type: ignore[no-any-return]
+    result: T = box[0]
+    return result
 
 
 def first_on_node(world: World, work: Callable[[], T]) -> T:
     """Runs `work` on each node's local rank 0 first (it fills the node's cache), then on the node's others."""
-    first: T | None = None
-
-    def attempt() -> None:
-        nonlocal first
-        if world.local_rank == 0:
-            first = work()
-
-    everywhere(world, attempt)
-    return everywhere(world, lambda: first if world.local_rank == 0 else work())
+    first: list[T] = []
+    everywhere(world, lambda: first.append(work()) if world.local_rank == 0 else None)
+    return everywhere(world, lambda: first[0] if first else work())
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class Trainer:
             config.model.name, num_classes=config.model.num_classes, in_channels=config.model.in_channels,
             width=config.model.width, dropout=config.model.dropout, image_size=config.augment.size,
             lrn_after=tuple(config.model.lrn_after)))
-        net = net.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = net.to(world.device).to(memory_format=torch.channels_last)
         self.reseed = replica.has_torch_dropout(net)
         ddp = wrap(net, world.device)
         self.step = Step(ddp, create_optimizer(net, config.optim), create_scaler(config.amp, world.device),
@@ -193,7 +193,8 @@ class Trainer:
         weights = sum(parameter.numel() for parameter in self.step.net.parameters())
         say(f"{config.run_dir}: {config.model.name}, {weights:,} parameters, {len(self.data.train):,} images in "
             f"{len(self.data.train.classes)} classes; {world.size} ranks on {world.nodes} node(s), "
-            f"{self.numeric['device']}; global batch {config.global_batch} (at most {largest_part(config, world=world.size)} a forward)")
+            f"{self.numeric['device']}; global batch {config.global_batch} (at most "
+            f"{largest_part(config, world=world.size)} a forward)")
         if start.resumed_from:
             exact = "exact: yes" if start.exact else f"exact: no, because {start.why_not_exact}"
             say(f"attempt {start.attempt} goes on at step {self.place['step']} of {self.total_steps} from "
@@ -412,6 +413,10 @@ class Trainer:
             assert self.directory is not None
             self.metrics.flush(durable=True)
             self.writer.submit(state, best_model=self.config.model.name if self.improved else None)
+            if self.start.attempt == 1 and state.step == 0:  # a full disk or a quota shows before the first step
+                self.writer.wait()
+                if self.writer.failure:
+                    raise UserError(self.writer.failure)
             faults.strike(self.config.fault, at="save", step=state.step, rank=self.world.rank)
             self._write_state("running")
         self.improved = False
