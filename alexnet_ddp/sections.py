@@ -116,6 +116,7 @@ class EvaluateSection(Section):
 class LogSection(Section):
     steps: int = field(50, "bits", "steps between two metric records: the length of the averaging window", ge=1)
     tensorboard: bool = field(True, "free", "write TensorBoard scalars beside metrics.jsonl")
+    sync_debug: bool = field(False, "free", "CUDA: a step that waits for the device raises (torch's sync debug mode)")
     trace: bool = field(False, "free", "write sample ids and crop boxes of every step to trace.jsonl")
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import resource
@@ -80,6 +81,18 @@ def prepare_torch(config: Config, world: World) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+@contextlib.contextmanager
+def sync_debug(on: bool) -> Iterator[None]:
+    """Raises on any call within that makes the host wait for the GPU (torch.cuda.set_sync_debug_mode)."""
+    if on:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if on:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 class Trainer:
@@ -254,7 +267,8 @@ class Trainer:
         if self.reseed:  # for nets with torch's own dropout: the same masks when this rank takes the step again
             torch.manual_seed(int(key(self.config.seed, step, "torch", self.world.rank) >> 1))
         self._tick("data")
-        self.step(self._micro_batches(batches, step), lr=rate, planned=plan.count, window=self.window)
+        with sync_debug(self.config.log.sync_debug and self.world.on_gpu):
+            self.step(self._micro_batches(batches, step), lr=rate, planned=plan.count, window=self.window)
         self.rate = rate
 
         position = plan.first + plan.count

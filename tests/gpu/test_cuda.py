@@ -1,0 +1,111 @@
+"""What only a GPU can show; run by `make gpu`, skipped elsewhere. Everything goes through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import harness
+from alexnet_ddp.data.loader import Slot, SlotPool
+from alexnet_ddp.models import create_model
+from alexnet_ddp.models.dropout import dropout_mask
+from alexnet_ddp.models.lrn import local_response_norm
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+
+VISIBLE = {"CUDA_VISIBLE_DEVICES": "0"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    harness.make_images(folder / "train", samples=64)
+    harness.make_images(folder / "val", samples=40, seed=1)
+    return folder
+
+
+def train(folder: Path, pictures: Path, name: str, *words: str) -> harness.Result:
+    recipe = harness.tiny_recipe(folder, train=pictures / "train", val=pictures / "val", device="cuda", amp="bf16",
+                                 deterministic=True, model__width=0.25)
+    return harness.run(["train", str(recipe), f"name={name}", *words], world=1, environment=VISIBLE)
+
+
+def test_deterministic_resume_is_bit_equal(tmp_path: Path, pictures: Path) -> None:
+    """On CUDA with deterministic=true a run killed after a step ends in the bits of one that never was."""
+    train(tmp_path, pictures, "whole").check()
+    for step in (1, 4, 7):
+        name = f"killed{step}"
+        killed = train(tmp_path, pictures, name, "fault.kind=kill", f"fault.step={step}")
+        assert killed.codes == [-9], killed.output
+        train(tmp_path, pictures, name).check()
+        assert harness.final_files(tmp_path / "runs" / name) == harness.final_files(tmp_path / "runs/whole")
+        assert harness.metrics(tmp_path / "runs" / name) == harness.metrics(tmp_path / "runs/whole")
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_precisions_train(tmp_path: Path, pictures: Path, amp: str) -> None:
+    """Each precision trains on CUDA to a finite loss without a skipped update (fp16's scaler may skip its first)."""
+    train(tmp_path, pictures, amp, f"amp={amp}").check()
+    last = [record for record in harness.metrics(tmp_path / "runs" / amp) if record["kind"] == "train"][-1]
+    assert np.isfinite(last["loss"]) and (amp == "fp16" or last["skipped"] == 0)
+
+
+def test_step_never_waits_for_the_device(tmp_path: Path, pictures: Path) -> None:
+    """Between two logging steps the host makes no synchronising call: torch's sync debug mode would raise."""
+    result = train(tmp_path, pictures, "nosync", "log.sync_debug=true", "log.steps=4")
+    result.check()
+    assert json.loads((tmp_path / "runs/nosync/state.json").read_text())["status"] == "finished"
+
+
+def test_dropout_masks_are_the_cpu_ones() -> None:
+    """Keyed dropout gives the same mask on CUDA and on the CPU."""
+    rows = torch.arange(1000, dtype=torch.int64) * 4_000_037 % 2**32
+    for layer in (0, 1):
+        there = dropout_mask(rows.cuda(), units=999, p=0.5, layer=layer).cpu()
+        assert torch.equal(there, dropout_mask(rows, units=999, p=0.5, layer=layer))
+
+
+def test_lrn_on_cuda_repeats_its_bits_and_agrees_with_the_cpu() -> None:
+    """LRN's forward and backward on CUDA are deterministic, and equal to the CPU's to rounding."""
+    results = []
+    for device in ("cuda", "cuda", "cpu"):
+        torch.manual_seed(0)
+        x = torch.randn(4, 96, 13, 13).to(device).requires_grad_()
+        y = local_response_norm(x)
+        y.square().sum().backward()
+        assert x.grad is not None
+        results.append((y.detach().cpu(), x.grad.cpu()))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][0], results[2][0])
+    torch.testing.assert_close(results[0][1], results[2][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["alexnet_single", "alexnet_torchvision"])
+def test_nets_run_under_deterministic_algorithms(name: str) -> None:
+    """Forward and backward of our nets, full width, raise nothing under torch.use_deterministic_algorithms."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        net = create_model(name).cuda()
+        net(torch.randn(2, 3, 224, 224, device="cuda")).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_slot_is_not_reused_before_its_copy() -> None:
+    """Pinned slots handed back with their copy's event are only taken again after it: 200 rounds of real copies."""
+    pool = SlotPool(2, rows=64, size=224, channels=3, pin=True)
+    arrived: list[tuple[int, torch.Tensor]] = []
+    for turn in range(200):
+        slot = pool.take()
+        assert isinstance(slot, Slot)
+        slot.images.fill_(turn)
+        copy = slot.images.to("cuda", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        pool.give_back(slot, event)
+        arrived.append((turn, copy.amin().float() + copy.amax().float()))
+    assert all(float(total) == 2 * turn for turn, total in arrived)
