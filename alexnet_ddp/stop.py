@@ -1,16 +1,20 @@
 """What asks a run to stop: signals, a STOP file in the run directory, a deadline. All end in one flag.
 
-A handler sets the flag and nothing else; the ranks agree on it at a step boundary (`distributed.Agreement`). This
-module imports no torch, so the handlers stand before the seconds that importing torch takes.
+A handler sets the flag and nothing else; the ranks agree on it at a step boundary (`distributed.Agreement`). A second
+INT (Ctrl-C) quits at once, also while the main thread waits in a collective that will never end. This module imports
+no torch, so the handlers stand before the seconds that importing torch takes.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
+
+from alexnet_ddp.errors import EXIT_INTERRUPTED
 
 SIGNALS = ("INT", "TERM", "HUP", "USR1", "USR2")
 CAUSES = ("", *SIGNALS, "STOP file", "deadline")  # a cause travels between ranks as its place here
@@ -22,7 +26,6 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.signal = ""  # name of the first signal that came
-        self.interrupts = 0  # INTs so far; the watchdog leaves at once on the second
         self._next_look = 0.0  # monotonic seconds
 
     def install(self) -> StopRequests:
@@ -31,12 +34,17 @@ class StopRequests:
             number = getattr(signal, f"SIG{name}")
             if not (name == "HUP" and signal.getsignal(number) == signal.SIG_IGN):
                 signal.signal(number, self._handle)
+        # Python runs a handler only once the main thread is back from the library it is in, which may be never;
+        # the number of the signal is written into this pipe at once.
+        numbers, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        threading.Thread(target=_quit_on_second_interrupt, args=(numbers,), name="interrupts", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, f"SIG{name}") for name in SIGNALS])
         return self
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number).name[3:]
-        self.interrupts += number == signal.SIGINT
 
     def cause(self, *, run_dir: Path | None = None, seconds_left: float | None = None, lead: float = 0.0) -> str:
         """Why to stop, or "". The STOP file and the deadline are rank 0's to look at: others leave them out.
@@ -55,6 +63,14 @@ class StopRequests:
             if (run_dir / STOP_FILE).exists():
                 return "STOP file"
         return ""
+
+
+def _quit_on_second_interrupt(numbers: int) -> None:
+    """A thread's work: reads signal numbers (one byte each) and leaves hard, saving nothing, on the second INT."""
+    interrupts = 0
+    while interrupts < 2:
+        interrupts += os.read(numbers, 16).count(signal.SIGINT)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def deadline_from(*, limit: float | None, started: float, environment: dict[str, str] | None = None) -> float | None:

@@ -1,8 +1,8 @@
 """Ends a job in bounded time when a rank dies or hangs, and says which rank, on which host, at which step, and why.
 
 Every rank has one watch thread. It publishes the rank's progress to the job's store once a second, and leaves hard
-(no waiting in collectives that will never end) when this rank makes no progress for too long, when its launcher is
-gone, or on a second Ctrl-C. The first rank to fail says so for all; the others leave quietly.
+(no waiting in collectives that will never end) when this rank makes no progress for too long, or when its launcher is
+gone. The first rank to fail says so for all; the others leave quietly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from alexnet_ddp.distributed import World, under_torchrun
-from alexnet_ddp.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from alexnet_ddp.errors import EXIT_FAILED
 from alexnet_ddp.stop import StopRequests
 
 BEAT = 1.0  # seconds between two beats of a rank
@@ -92,8 +92,6 @@ class Watchdog:
         next_beat = 0.0
         while not self._done.wait(0.2):
             now = time.monotonic()
-            if self._requests.interrupts >= 2:
-                os._exit(EXIT_INTERRUPTED)
             if self._parent and os.getppid() != self._parent:
                 orphaned_at = orphaned_at or now
                 self._requests.signal = self._requests.signal or "TERM"
