@@ -77,6 +77,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise UserError(f"{_place(key_node)}: a key must be a word, got {key!r}.")
         if key in found:
             raise UserError(f"{_place(key_node)}: key '{key}' is given twice; keep one.")
         found[key] = loader.construct_object(value_node, deep=True)
@@ -158,43 +160,55 @@ def build(tree: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        wrong: dict[str, list[Any]] = {}  # a field that takes a word or a number has one problem for each
+        for problem in error.errors():
+            wrong.setdefault(".".join(_names(problem)), []).append(problem)
+        lines = [_explain(path, problems) for path, problems in wrong.items()]
         raise UserError("The recipe has " + ("a mistake" if len(lines) == 1 else f"{len(lines)} mistakes")
-                        + ":\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))) from None
+                        + ":\n" + "\n".join(f"  {line}" for line in lines)) from None
     check(config)
     return config
 
 
 # What people write who come from other trainers, and what it is called here.
-KNOWN_ELSEWHERE = {
-    "batch_size": "use global_batch, the total over all ranks (torchvision's and timm's is per GPU)",
+KNOWN_ELSEWHERE = {  # written without _ and -
+    "batchsize": "use global_batch, the total over all ranks (torchvision's and timm's is per GPU)",
     "batch": "use global_batch, the total over all ranks",
     "lr": "use optim.lr, for the global batch as it is (nothing is scaled by the number of GPUs)",
+    "learningrate": "use optim.lr, for the global batch as it is (nothing is scaled by the number of GPUs)",
+    "wd": "use optim.weight_decay",
     "workers": "use data.threads: images are decoded by threads, there are no worker processes",
-    "num_workers": "use data.threads: images are decoded by threads, there are no worker processes",
+    "numworkers": "use data.threads: images are decoded by threads, there are no worker processes",
     "resume": "starting a run whose directory has a checkpoint resumes it; --fresh starts over",
     "arch": "use model.name",
-    "grad_accum": "use micro_batch: a rank accumulates when its share of global_batch is larger",
-    "accumulation_steps": "use micro_batch: a rank accumulates when its share of global_batch is larger",
+    "gradaccum": "use micro_batch: a rank accumulates when its share of global_batch is larger",
+    "accumulationsteps": "use micro_batch: a rank accumulates when its share of global_batch is larger",
 }
 
 
-def _explain(problem: Any) -> str:
-    branches = ("literal[", "constrained", "int", "float", "str", "none")  # of a union, pydantic's own words
-    names = [part for part in problem["loc"] if isinstance(part, str) and not part.startswith(branches)]
-    path, got = ".".join(names), problem["input"]
-    if problem["type"] == "extra_forbidden":
-        if path in KNOWN_ELSEWHERE:
-            return f"unknown key '{path}'; {KNOWN_ELSEWHERE[path]}"
+def _names(problem: Any) -> list[str]:
+    """The path of the field that a problem of pydantic's is about, without what it adds for unions and items."""
+    names = [part for part in problem["loc"] if isinstance(part, str)]
+    return [part for part in names if not part.startswith(("literal[", "constrained", "function-"))
+            and part not in ("int", "float", "str", "none")]
+
+
+def _explain(path: str, problems: list[Any]) -> str:
+    """One line on a field that is wrong, or that there isn't."""
+    got, names = problems[0]["input"], path.split(".")
+    if problems[0]["type"] == "extra_forbidden":
         near = nearest_field(path)
-        return f"unknown key '{path}'" + (f"; did you mean '{near}'?" if near else f"; known: {_siblings(names)}")
+        advice = KNOWN_ELSEWHERE.get(names[-1].lower().replace("_", "").replace("-", ""))
+        if advice and (near is None or near.rpartition(".")[0] != path.rpartition(".")[0]):
+            return f"unknown key '{path}'; {advice}"
+        known = f"; known: {', '.join(_siblings(names))}"
+        return f"unknown key '{path}'" + (f"; did you mean '{near}'?" if near else known)
     if isinstance(got, dict) and len(str(got)) > 60:
         got = "a mapping"
-    message = problem["msg"].replace("Input should be ", "must be ").replace("a valid integer", "a whole number")
-    message = message.replace("a valid ", "a ")
+    message = ", or ".join(_rule(problem) for problem in problems)
     hint = ""
-    if problem["type"] == "literal_error" and isinstance(got, str | bool):
-        wanted = re.findall(r"'([^']+)'", problem["msg"])
+    if problems[0]["type"] == "literal_error" and isinstance(got, str | bool):
+        wanted = re.findall(r"'([^']+)'", problems[0]["msg"])
         matches = difflib.get_close_matches(str(got), wanted, n=1)
         hint = f"; did you mean '{matches[0]}'?" if matches else ""
         if str(got).lower() in ("off", "no", "false") and "none" in wanted:
@@ -202,24 +216,37 @@ def _explain(problem: Any) -> str:
     return f"{path}: {message}, got {got!r}{hint}"
 
 
-def _siblings(names: list[str]) -> str:
+def _rule(problem: Any) -> str:
+    """What pydantic says must hold, in a recipe's words."""
+    kind = problem["type"]
+    if kind == "model_type":
+        return "must be a section, with its fields indented under it"
+    if kind in ("missing", "too_long"):  # the only fields with a fixed number of values
+        return "must be a list of as many values as its default has"
+    text = problem["msg"].partition(", unable to parse")[0].partition(", got a number")[0]
+    text = text.replace("Input should be ", "must be ").replace("a valid integer", "a whole number")
+    return text.replace("a valid ", "a ")
+
+
+def _siblings(names: list[str]) -> list[str]:
+    """The fields there are where the last name was looked for."""
     model: Any = Config
     for part in names[:-1]:
         found = model.model_fields.get(part)
         model = found.annotation if found else None
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return ""
-    return ", ".join(model.model_fields)
+            return []
+    return list(model.model_fields)
 
 
 def nearest_field(path: str) -> str | None:
-    """The recipe's field nearest in name to a wrong one, looked for by whole path and by last part alone."""
-    known = [name for name, _ in fields()] + [n for n, f in Config.model_fields.items()]
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    """The recipe's field nearest in name to a wrong one: in the same section, else in any."""
+    *section, wrong = path.split(".")
+    near = difflib.get_close_matches(wrong, _siblings(path.split(".")), n=1)
     if near:
-        return near[0]
-    last = {name.split(".")[-1]: name for name in reversed(known)}
-    near = difflib.get_close_matches(path.split(".")[-1], list(last), n=1, cutoff=0.7)
+        return ".".join([*section, near[0]])
+    last = {name.split(".")[-1]: name for name in reversed([name for name, _ in fields()])}
+    near = difflib.get_close_matches(wrong, list(last), n=1, cutoff=0.8)
     return last[near[0]] if near else None
 
 
@@ -293,9 +320,20 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 # --- writing and comparing --------------------------------------------------------------------------------------
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would take for something else than a string (`off` and `1e4`)."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _Loader.yaml_implicit_resolvers.get(first, [])
+    for first in yaml.SafeDumper.yaml_implicit_resolvers.keys() | _Loader.yaml_implicit_resolvers.keys()
+}
+
+
 def dump(config: Config) -> str:
     """The effective recipe as YAML that reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, default_flow_style=None,
+                     width=110)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Effect = Literal["free", "bits", "order"]
 
@@ -29,7 +30,17 @@ def field(default: Any, effect: Effect, doc: str, **bounds: Any) -> Any:
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values are fixed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # A run may be named 5, and a deadline be 45 (minutes): YAML reads both as numbers.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`epochs: true` is a mistake; pydantic would take it for 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation in (int, float, int | None, float | None):
+            raise PydanticCustomError("bool_as_number", "Input should be a number")
+        return value
 
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -85,7 +96,7 @@ class AugmentSection(Section):
 class OptimSection(Section):
     name: Literal["sgd"] = field("sgd", "order", "fused SGD with momentum")
     lr: float = field(0.01, "order", "peak learning rate, for the global batch as it is", gt=0.0)
-    momentum: float = field(0.9, "order", "", ge=0.0, lt=1.0)
+    momentum: float = field(0.9, "order", "share of the last update that is kept in the next", ge=0.0, lt=1.0)
     weight_decay: float = field(5.0e-4, "order", "L2, on every parameter", ge=0.0)
     nesterov: bool = field(False, "order", "look-ahead momentum")
 
