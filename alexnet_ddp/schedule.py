@@ -20,9 +20,10 @@ def learning_rate(step: int, *, base: float, schedule: ScheduleSection, steps_pe
     """
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     if step < warmup:
-        return base * (step + 1) / warmup
+        return base * ((step + 1) / warmup)  # in this order the last one is the base to the bit
     if schedule.name == "step":
-        return float(base * schedule.gamma ** math.floor(step / (schedule.step_epochs * steps_per_epoch)))
+        period = schedule.step_epochs * steps_per_epoch  # steps; 1.1 * 50 is 55.00000000000001
+        return float(base * schedule.gamma ** math.floor(step / period + 1e-9))
     if schedule.name == "cosine":
         done = (step - warmup) / max(1, epochs * steps_per_epoch - warmup)
         return schedule.eta_min + (base - schedule.eta_min) * (1.0 + math.cos(math.pi * min(1.0, done))) / 2.0
