@@ -1,4 +1,4 @@
-"""A run directory: who owns it, where the run stands, and what a new attempt goes on from. Rank 0 only."""
+"""A run directory: who owns it, where the run stands, and what a new attempt goes on from. Rank 0's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from alexnet_ddp.checkpoint import choose, files, store
 from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.order import Order
+from alexnet_ddp.distributed import World, everywhere, on_rank_0
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.lease import Lease
 from alexnet_ddp.schedule import learning_rate
@@ -97,6 +98,28 @@ class RunDirectory:
         # Only a run that has ended in good order is over: one that was killed in its last evaluation is not.
         start.finished = start.state.step >= total and start.state.phase == "train"
         return start
+
+
+def check_shared(world: World, run_dir: Path) -> None:
+    """Proves that every node sees rank 0's run directory: a token written by rank 0 is read by all. Collective.
+
+    Raises UserError that names the host that doesn't.
+    """
+    if world.nodes == 1:
+        return
+    proof = run_dir / f".shared-{world.token}"
+    on_rank_0(world, lambda: files.replace(proof, content=b"written by rank 0"))
+
+    def look() -> None:
+        patience = time.monotonic() + 10.0  # network file systems show a new file late
+        while not proof.exists():
+            if time.monotonic() > patience:
+                raise UserError(f"{run_dir.resolve()} on {world.host} is not the run directory that rank 0 on "
+                                f"{world.hosts[0]} writes to. Put runs=... on a file system that all nodes share.")
+            time.sleep(0.1)
+
+    everywhere(world, look)
+    on_rank_0(world, lambda: proof.unlink(missing_ok=True))
 
 
 def check_recipe(lineage: dict[str, Any], config: Config, *, order: Order, done: int, accept: bool) -> list[str]:

@@ -1,0 +1,157 @@
+"""What rank 0 alone writes for all: metrics, checkpoints, state.json, and words for the user."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from typing import Any
+
+from alexnet_ddp import config as recipes
+from alexnet_ddp import faults, sinks
+from alexnet_ddp.checkpoint import store
+from alexnet_ddp.checkpoint.state import TrainState
+from alexnet_ddp.checkpoint.writer import Writer
+from alexnet_ddp.config import Config
+from alexnet_ddp.data.training import Data, largest_part
+from alexnet_ddp.distributed import World
+from alexnet_ddp.errors import UserError
+from alexnet_ddp.run import RunDirectory, Start
+from alexnet_ddp.sinks import say
+from alexnet_ddp.stop import STOP_FILE
+
+PATIENCE = 200  # steps in which any net may stand at chance
+
+
+class Report:
+    """The run directory of one attempt, from its first line to its last."""
+
+    def __init__(self, config: Config, directory: RunDirectory, *, start: Start, place: dict[str, Any],
+                 state: TrainState, lineage: dict[str, Any], world: World, total_steps: int) -> None:
+        """Cuts metrics and traces back to what the checkpoint has seen. Raises UserError: no room, no right to write.
+
+        `place` are the plain fields of the state the attempt begins with; `state` need only have its tensors.
+        """
+        self._config, self._directory, self._start, self._total = config, directory, start, total_steps
+        run_dir = config.run_dir
+        store.check_space(run_dir / "checkpoints", needed=store.size_on_disk(state), keep=config.checkpoint.keep)
+        try:
+            sinks.rewrite(run_dir / "config.yaml", recipes.dump(config).splitlines())
+            self._metrics = sinks.MetricsFile(run_dir / "metrics.jsonl", step=place["step"],
+                                              evaluated_step=place["evaluated_step"] or 0)
+            self._board = (sinks.TensorBoard(run_dir / "tensorboard", self._metrics.records)
+                           if config.log.tensorboard else None)
+            sinks.cut_traces(run_dir / "trace", step=place["step"])
+            directory.write_state(
+                "running", exact=start.exact, why_not_exact=start.why_not_exact, step=place["step"],
+                epoch=place["epoch"], total_steps=total_steps, attempt=start.attempt, best=place["best"],
+                world_size=world.size, host=world.host, pid=os.getpid(), last_checkpoint=start.resumed_from)
+        except OSError as error:
+            raise UserError(f"The run directory {run_dir} can't be written: {error.strerror or error}. "
+                            "Choose another with runs=...") from None
+        self.writer = Writer(run_dir / "checkpoints", keep=config.checkpoint.keep, attempt=start.attempt,
+                             lineage=lineage, guard=directory.guard, log=say)
+        self._console = sinks.Console(total_steps=total_steps)
+        self._saved = time.monotonic()  # when the last save began
+        self._asked = False  # for a save, of all ranks
+
+    def greet(self, *, data: Data, world: World, parameters: int, device: str, step: int) -> None:
+        """Who trains what on what, and from where it goes on."""
+        config, start = self._config, self._start
+        for note in start.notes:
+            say(note)
+        say(f"{config.run_dir}: {config.model.name}, {parameters:,} parameters, {len(data.train):,} images in "
+            f"{len(data.train.classes)} classes; {world.size} ranks on {world.nodes} node(s), {device}; "
+            f"global batch {config.global_batch} (at most {largest_part(config, world=world.size)} a forward)")
+        if start.resumed_from:
+            exact = "exact: yes" if start.exact else f"exact: no, because {start.why_not_exact}"
+            say(f"attempt {start.attempt} goes on at step {step} of {self._total} from {start.resumed_from} ({exact})")
+
+    # --- metrics ------------------------------------------------------------------------------------------------
+
+    def training(self, record: dict[str, Any], *, steps: int, seconds: float, steps_per_epoch: int) -> None:
+        """A logging window of `steps` steps that took `seconds`."""
+        self._write({"kind": "train", **record})
+        self._console.train(record, seconds_per_step=seconds / steps)
+        chance = math.log(self._config.model.num_classes)
+        patience = max(steps_per_epoch / 2, PATIENCE)
+        if record["step"] - steps < patience <= record["step"] and abs(record["loss"] - chance) < 0.02:
+            self._console.line(
+                f"alexnet-ddp: warning: after {record['step']} steps the loss is still {record['loss']:.3f}, that of "
+                f"guessing (ln {self._config.model.num_classes} = {chance:.3f}). A learning rate too high or too low "
+                f"does that (optim.lr={self._config.optim.lr:g}), and so do wrong labels. Try --overfit 64 first.")
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self._write({"kind": "evaluate", **record})
+        self._console.evaluate(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        record |= {"attempt": self._start.attempt, "time": sinks.now()}
+        self._metrics.write(record)
+        if self._board is not None:
+            self._board.write(record)
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
+    @property
+    def save_seconds(self) -> float:
+        """How long the last save took, 0 before the first."""
+        return self.writer.last.seconds + self.writer.last.stall if self.writer.last else 0.0
+
+    def ask_for_save(self) -> bool:
+        """Whether the ranks should agree on a save because time is up; asked for once until it has been made."""
+        minutes = self._config.checkpoint.minutes
+        due = not self._asked and minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        self._asked = self._asked or due
+        return due
+
+    def save(self, state: TrainState, *, improved: bool) -> None:
+        """Stages a copy and returns; but a run's very first save is waited for.
+
+        A full disk or a quota then shows before the first step: raises UserError.
+        """
+        self._saved, self._asked = time.monotonic(), False
+        self._metrics.flush(durable=True)
+        self.writer.submit(state, best_model=self._config.model.name if improved else None)
+        faults.strike(self._config.fault, at="save", step=state.step, rank=0)
+        if self._start.attempt == 1 and state.step == 0:
+            self.writer.wait()
+            if self.writer.failure:
+                raise UserError(self.writer.failure)
+
+    # --- state.json, and the end --------------------------------------------------------------------------------
+
+    def status(self, status: str, *, place: dict[str, Any], why: str = "") -> None:
+        last = self.writer.last
+        try:
+            self._directory.write_state(
+                status, why=why, step=place["step"], epoch=place["epoch"], best=place["best"],
+                last_checkpoint=str(last.path) if last else self._start.resumed_from)
+        except OSError as error:
+            say(f"state.json can't be written ({error.strerror}).")
+
+    def leave(self, *, place: dict[str, Any], cause: str) -> None:
+        """The last save is on the disk, then state.json and the user are told how it ended."""
+        self.writer.close()
+        if self._board is not None:
+            self._board.close()
+        if cause:
+            self.status("preempted", place=place, why=cause)
+            (self._config.run_dir / STOP_FILE).unlink(missing_ok=True)
+            say(f"stopped by {cause} after step {place['step']} of {self._total}; saved. "
+                "The same command goes on from there.")
+        else:
+            self.status("finished", place=place)
+            say_finished(self._config, self._total, place["best"])
+
+    def fail(self, why: str, *, place: dict[str, Any]) -> None:
+        """The job is failing: a save under way is finished, and state.json says why."""
+        self.writer.wait()
+        self.status("failed", place=place, why=why)
+        self._directory.close()
+
+
+def say_finished(config: Config, total_steps: int, best: dict[str, Any] | None) -> None:
+    accuracy = f", best held-out top-1 {best['top1']:.2%} after step {best['step']}" if best else ""
+    say(f"{config.run_dir} is finished: {config.epochs} epochs, {total_steps} steps{accuracy}. "
+        f"To train longer, give the same command with more epochs (epochs={2 * config.epochs}).")
