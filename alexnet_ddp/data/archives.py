@@ -142,9 +142,7 @@ def _cut_short(path: str, size: int, place: str) -> UserError:
 
 def _sort_in(member: tarfile.TarInfo, listing: Listing, archive: Archive, inside: bytes | None) -> None:
     """Puts one member where it belongs."""
-    parts = [
-        part for part in member.name.encode("utf-8", "surrogateescape").split(b"/") if part not in (b"", b".")
-    ]
+    parts = [part for part in member.name.encode("utf-8", "surrogateescape").split(b"/") if part not in (b"", b".")]
     if not parts or any(is_clutter(part) for part in parts):
         return
     path, name = b"/".join(parts), parts[-1]
@@ -173,8 +171,7 @@ def _refuse_empty_images(archives: list[Archive]) -> None:
     empty = [f"{archive.path}: {text(path)}" for archive in archives for path in archive.empty_images]
     if empty:
         raise UserError(
-            f"{len(empty)} image files hold no bytes: {listed(empty, most=3)}.\n"
-            f"Make the archive again without them."
+            f"{len(empty)} image files hold no bytes: {listed(empty, most=3)}.\nMake the archive again without them."
         )
 
 

@@ -29,9 +29,7 @@ def download_cifar10(destination: Path, *, archive_dir: Path | None = None) -> P
         return destination
     _require_free(destination)
     archive_dir = archive_dir or default_cache_dir() / "downloads"
-    write_splits(
-        {name: _fetch(archive_dir, train=name == "train") for name in ("train", "test")}, destination
-    )
+    write_splits({name: _fetch(archive_dir, train=name == "train") for name in ("train", "test")}, destination)
     return destination
 
 

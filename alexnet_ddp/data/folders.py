@@ -14,9 +14,7 @@ def scan_folder(source: Source) -> tuple[Table, list[Stamp], list[str]]:
     """The folder's samples, the stamp of every directory, and notes. Follows links, opens no file."""
     listing, stamps = Listing(), []
     root = os.fsencode(source.paths[0])
-    waiting: list[tuple[bytes, frozenset[tuple[int, int]]]] = [
-        (b"", frozenset())
-    ]  # path below root, its ancestors
+    waiting: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]  # path below root, its ancestors
     while waiting:
         directory, ancestors = waiting.pop()
         full = os.path.join(root, directory) if directory else root
@@ -25,15 +23,11 @@ def scan_folder(source: Source) -> tuple[Table, list[Stamp], list[str]]:
         except OSError as error:
             raise UserError(f"{os.fsdecode(full)}: can't be listed: {error.strerror}.") from None
         if here in ancestors:
-            raise UserError(
-                f"{os.fsdecode(full)}: is a link to a directory that contains it. Remove the link."
-            )
+            raise UserError(f"{os.fsdecode(full)}: is a link to a directory that contains it. Remove the link.")
         stamps.append(stamp)
         if not directory:
             refuse_splits(children, source, b"")
-        waiting += [
-            (os.path.join(directory, child), ancestors | {here}) for child in sorted(children, reverse=True)
-        ]
+        waiting += [(os.path.join(directory, child), ancestors | {here}) for child in sorted(children, reverse=True)]
 
     layout = find_layout(listing, source)
     labels = np.array(layout.class_of, dtype=np.int32)[np.frombuffer(listing.directory, dtype=np.int32)]
@@ -49,9 +43,7 @@ def scan_folder(source: Source) -> tuple[Table, list[Stamp], list[str]]:
     return table, stamps, layout.notes + note_others(listing)
 
 
-def _list_directory(
-    full: bytes, directory: bytes, listing: Listing
-) -> tuple[Stamp, tuple[int, int], list[bytes]]:
+def _list_directory(full: bytes, directory: bytes, listing: Listing) -> tuple[Stamp, tuple[int, int], list[bytes]]:
     """Adds a directory's images to the listing. Returns its stamp, device and inode, directories' names."""
     status = os.stat(full)  # before listing: a file added meanwhile makes the stamp stale
     children = []

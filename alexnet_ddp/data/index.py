@@ -26,9 +26,7 @@ from alexnet_ddp.data.sources import Source, Stamp, find_source, listed
 from alexnet_ddp.data.table import IN_A_FILE, Table, text
 from alexnet_ddp.errors import UserError
 
-KEPT_OPEN = (
-    256  # tars whose descriptors are kept; those beyond are opened for each read (limits start at 1024)
-)
+KEPT_OPEN = 256  # tars whose descriptors are kept; those beyond are opened for each read (limits start at 1024)
 
 
 def open_index(locator: str, *, cache_dir: Path | None = None) -> "Index":

@@ -140,9 +140,7 @@ def _hold(stamps: list[Stamp], source: Source) -> bool:
 def _is_sound(table: Table, stamps: list[Stamp]) -> bool:
     """Whether every number in the table is one that reading can rely on."""
     rows = len(table.labels)
-    shapes = all(
-        getattr(table, name).dtype == kind and getattr(table, name).ndim == 1 for name, kind in _KINDS.items()
-    )
+    shapes = all(getattr(table, name).dtype == kind and getattr(table, name).ndim == 1 for name, kind in _KINDS.items())
     lengths = all(len(getattr(table, name)) == rows for name in Table.COLUMNS if name != "names")
     if not (rows and shapes and lengths):
         return False

@@ -63,9 +63,7 @@ def refuse_splits(names: Iterable[bytes], source: Source, base: bytes) -> None:
 
 
 def no_images(listing: Listing, source: Source) -> UserError:
-    found = (
-        ", ".join(f"{count} {suffix}" for suffix, count in listing.others.most_common(5)) or "no files at all"
-    )
+    found = ", ".join(f"{count} {suffix}" for suffix, count in listing.others.most_common(5)) or "no files at all"
     way_out = "Give a place whose directories are classes that hold images."
     if listing.others[".tar"]:  # as in ImageNet's own train archive: a tar a class
         way_out = "Unpack the outer tar, and each of the inner ones into a directory named after its class."
@@ -117,18 +115,14 @@ def _notes(
 ) -> list[str]:
     notes = []
     beside = sum(
-        count
-        for (directory, count), number in zip(listing.images_in().items(), class_of, strict=True)
-        if number < 0
+        count for (directory, count), number in zip(listing.images_in().items(), class_of, strict=True) if number < 0
     )
     if beside:
         notes.append(f"{beside} images beside the class directories are left out")
     if len(classes) == 1:
         note = f"only one class was found, {text(classes[0])}"
         inside = {
-            rest.partition(b"/")[2]
-            for rest in (below(directory, base) for directory in listing.directories)
-            if rest
+            rest.partition(b"/")[2] for rest in (below(directory, base) for directory in listing.directories) if rest
         }
         if inside - {b""}:
             note += ": if its directories are the classes, give " + source.below(

@@ -35,9 +35,7 @@ class Keyed:
     class_in_path: bool
 
 
-def find_keyed(
-    listing: Listing, label_files: Sequence[dict[bytes, LabelFile]], source: Source
-) -> Keyed | None:
+def find_keyed(listing: Listing, label_files: Sequence[dict[bytes, LabelFile]], source: Source) -> Keyed | None:
     """The labels from `label_files` [shards]; None if no image has one: directories are the classes then."""
     if not any(label_files):
         return None
@@ -46,14 +44,10 @@ def find_keyed(
         return None
     _refuse_mixture(listing, values, known, source)
 
-    ordered = sorted(
-        known, key=lambda value: value if isinstance(value, int) else (value or b"")
-    )  # one type only
+    ordered = sorted(known, key=lambda value: value if isinstance(value, int) else (value or b""))  # one type only
     place = {value: number for number, value in enumerate(ordered)}
     names = [value if isinstance(value, bytes) else str(value).encode() for value in ordered]
-    labels = np.array([place[value] for value in known], dtype=np.int32)[
-        np.frombuffer(values, dtype=np.int32)
-    ]
+    labels = np.array([place[value] for value in known], dtype=np.int32)[np.frombuffer(values, dtype=np.int32)]
 
     directories = list(listing.directories)
     base = _common(directories) if source.inside is None else source.inside.encode("utf-8", "surrogateescape")
@@ -80,9 +74,7 @@ def _read_labels(
     numbers: dict[Value, int] = {}
     values = array("i")
     directories = list(listing.directories)
-    ends = np.searchsorted(
-        np.frombuffer(listing.container, dtype=np.int32), np.arange(len(source.paths)), "right"
-    )
+    ends = np.searchsorted(np.frombuffer(listing.container, dtype=np.int32), np.arange(len(source.paths)), "right")
     start = 0
     for path, labels, end in zip(source.paths, label_files, ends.tolist(), strict=True):
         with open(path, "rb") as file:
@@ -119,16 +111,12 @@ def _value(found: dict[bytes, bytes], where: str) -> Value:
         try:
             number = int(found[b".cls"])
         except ValueError:
-            raise UserError(
-                f"{where}.cls: must hold the class as an integer, got {found[b'.cls'][:40]!r}."
-            ) from None
+            raise UserError(f"{where}.cls: must hold the class as an integer, got {found[b'.cls'][:40]!r}.") from None
     else:
         candidates = (told.get(field) for field in ("label", "cls", "class"))
         number = next((value for value in candidates if type(value) is int), None)
     if number is not None and number < 0:
-        raise UserError(
-            f"{where}: has label {number}, but labels must be 0 or more (-1 often means unlabelled)."
-        )
+        raise UserError(f"{where}: has label {number}, but labels must be 0 or more (-1 often means unlabelled).")
     return number
 
 

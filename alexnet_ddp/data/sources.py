@@ -155,11 +155,7 @@ def _braces(pattern: str) -> list[str]:
     if int(first) > int(last):
         raise UserError(f"{pattern}: the range {match.group()} runs backwards: write {{{last}..{first}}}.")
     before, after = pattern[: match.start()], _braces(pattern[match.end() :])
-    return [
-        f"{before}{number:0{len(first)}d}{rest}"
-        for number in range(int(first), int(last) + 1)
-        for rest in after
-    ]
+    return [f"{before}{number:0{len(first)}d}{rest}" for number in range(int(first), int(last) + 1) for rest in after]
 
 
 def _require_tar(path: str) -> None:
@@ -173,9 +169,7 @@ def _require_tar(path: str) -> None:
     if _tool_for(path) or any(start.startswith(magic) for magic in MAGIC):
         raise _compressed(path)
     if not path.lower().endswith(".tar"):
-        raise UserError(
-            f"{path}: data must be a folder of class directories or a .tar file, this is neither."
-        )
+        raise UserError(f"{path}: data must be a folder of class directories or a .tar file, this is neither.")
 
 
 def _tool_for(path: str) -> str | None:
@@ -189,9 +183,7 @@ def _compressed(path: str) -> UserError:
     if tool in ("unzip", "7z x"):
         way_out = f"Extract it (`{tool} {path}`) and give the folder."
     elif _tool_for(path):
-        way_out = (
-            f"Decompress it first: `{tool} {'' if tool == 'unlz4' else '-k '}{path}`, then give the .tar."
-        )
+        way_out = f"Decompress it first: `{tool} {'' if tool == 'unlz4' else '-k '}{path}`, then give the .tar."
     else:
         way_out = f"Decompress it first: `{tool} < {path} > plain.tar`, then give plain.tar."
     return UserError(f"{path} is compressed, so its images can't be read at random.\n{way_out}")
@@ -208,9 +200,7 @@ def _missing(path: str) -> UserError:
         return UserError(f"{path}: nothing is there, and {parent} can't be listed: {error.strerror}.")
     close = difflib.get_close_matches(os.path.basename(wanted), there, n=1)
     guess = f"\nDid you mean {os.path.join(parent, close[0])}?" if close else ""
-    return UserError(
-        f"{path}: nothing is there.\n{parent} exists and holds: {listed(there) or 'nothing'}.{guess}"
-    )
+    return UserError(f"{path}: nothing is there.\n{parent} exists and holds: {listed(there) or 'nothing'}.{guess}")
 
 
 def listed(names: Sequence[str], *, most: int = 5) -> str:

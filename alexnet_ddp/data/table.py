@@ -58,9 +58,7 @@ class Listing:
     """The images that a scan found, in its order: columns, not objects. Paths are raw, below the root."""
 
     directories: dict[bytes, int] = field(default_factory=dict)  # those that hold images -> their number
-    bare_directories: set[bytes] = field(
-        default_factory=set
-    )  # every directory met as such, with images or not
+    bare_directories: set[bytes] = field(default_factory=set)  # every directory met as such, with images or not
     suffixes: dict[bytes, int] = field(default_factory=dict)  # as spelled -> code
     others: Counter[str] = field(default_factory=Counter)  # suffixes of files that are no images
     stems: bytearray = field(default_factory=bytearray)
@@ -179,10 +177,7 @@ def build_table(
     done = 0
     for number in range(len(classes)):  # one class's names at a time, for the sake of memory
         members = order[bounds[number] : bounds[number + 1]].tolist()
-        stems = [
-            prefixes[listing.directory[row]] + blob[ends[row - 1] if row else 0 : ends[row]]
-            for row in members
-        ]
+        stems = [prefixes[listing.directory[row]] + blob[ends[row - 1] if row else 0 : ends[row]] for row in members]
         previous = None
         for place in sorted(range(len(members)), key=stems.__getitem__):
             if stems[place] == previous:

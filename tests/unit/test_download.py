@@ -72,6 +72,7 @@ def test_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_network_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network the message says what to fetch and where to put it; nothing is written."""
+
     class Offline:
         url = "https://example.org/cifar-10-python.tar.gz"
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -111,9 +112,7 @@ def test_every_storage_gives_the_same_index(copies: dict[str, str], cache: Path)
         assert [index.name(sample) for sample in range(len(index))] == IN_ORDER, kind
         assert index.labels.tolist() == [label for label in range(5) for _ in range(5)], kind
         by_stem = {name.rpartition(".")[0]: data for name, data in SAMPLES.items()}
-        assert [index.read(sample) for sample in range(len(index))] == [by_stem[name] for name in IN_ORDER], (
-            kind
-        )
+        assert [index.read(sample) for sample in range(len(index))] == [by_stem[name] for name in IN_ORDER], kind
         index.close()
     assert len({index.identity for index in indexes.values()}) == 1
     places = {kind: index.storage for kind, index in indexes.items()}
@@ -191,12 +190,16 @@ def test_a_forked_child_opens_its_own_descriptors(copies: dict[str, str], cache:
     index._tars._lock.acquire()  # as another thread would hold it while it opens a tar
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler is not for the child
-        signal.alarm(10)  # a child that hangs must not outlive the test
         fine = not index._tars._descriptors and index.read(3) == expected
         os._exit(0 if fine else 1)
     index._tars._lock.release()
-    assert os.waitpid(child, 0)[1] == 0
+    deadline = time.monotonic() + 10  # a child that hangs must not outlive the test
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        ended = os.waitpid(child, 0)
+    assert ended == (child, 0)
     assert index.read(3) == expected
 
 
@@ -225,9 +228,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for name in ("scan_folder", "scan_tars"):
         scan = getattr(index_module, name)
-        monkeypatch.setattr(
-            index_module, name, lambda source, scan=scan: (seen.append(str(source)), scan(source))[1]
-        )
+        monkeypatch.setattr(index_module, name, lambda source, scan=scan: (seen.append(str(source)), scan(source))[1])
     return seen
 
 
@@ -252,9 +253,7 @@ def test_the_second_opening_reads_the_cache(
     assert not list(cache.rglob(".tmp-*"))
 
 
-def test_a_changed_source_is_scanned_again(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_source_is_scanned_again(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rewritten tar, a new shard, and a file added anywhere in a folder are seen at the next opening."""
     shards, folder = tmp_path / "shards", tmp_path / "folder"
     make_tar(shards / "0.tar", {"c/1.jpg": b"x"})
@@ -361,9 +360,7 @@ def test_memory_of_the_whole_of_imagenet(tmp_path: Path) -> None:
     """1.28 million samples are held in less than 100 MB, and any name is found."""
     count, classes = 1_281_167, 1000
     labels = np.sort(np.arange(count, dtype=np.int32) % classes)
-    names = np.tile(
-        np.frombuffer(b"n00000000_0000000", dtype=np.uint8), (count, 1)
-    )  # longer than ImageNet's own
+    names = np.tile(np.frombuffer(b"n00000000_0000000", dtype=np.uint8), (count, 1))  # longer than ImageNet's own
     names[:, -7:] += (np.arange(count)[:, None] // 10 ** np.arange(6, -1, -1) % 10).astype(np.uint8)
     zeros = np.zeros(count, dtype=np.int32)
     table = Table(
@@ -397,16 +394,12 @@ def test_check_pair_names_the_difference(tmp_path: Path, cache: Path) -> None:
 
     train = index("train", {f"{name}/1.jpg": b"x" for name in ("cat", "dog", "eel")})
     check_pair(train, index("val", {f"{name}/2.jpg": b"x" for name in ("eel", "cat", "dog")}))
-    with pytest.raises(
-        UserError, match=r"(?s)has 3.*has 2.*Only in training \(2\): dog, eel\..*Only in valida.*fox"
-    ):
+    with pytest.raises(UserError, match=r"(?s)has 3.*has 2.*Only in training \(2\): dog, eel\..*Only in valida.*fox"):
         check_pair(train, index("other", {f"{name}/2.jpg": b"x" for name in ("cat", "fox")}))
 
     numbers = [str(number) for number in range(11)]
     sorted_by_name = index("names", {f"{number}/1.jpg": b"x" for number in numbers})
-    pairs = {f"{number}.jpg": b"x" for number in numbers} | {
-        f"{number}.cls": number.encode() for number in numbers
-    }
+    pairs = {f"{number}.jpg": b"x" for number in numbers} | {f"{number}.cls": number.encode() for number in numbers}
     with pytest.raises(UserError, match="their order isn't"):
         check_pair(sorted_by_name, index("numbers", pairs))
 
@@ -425,7 +418,5 @@ def test_summary_tells_what_is_there(tmp_path: Path, cache: Path) -> None:
 
 def test_the_index_imports_no_torch() -> None:
     """Opening an index needs NumPy and the standard library only."""
-    program = (
-        "import sys, alexnet_ddp.data.index, alexnet_ddp.data.download; sys.exit('torch' in sys.modules)"
-    )
+    program = "import sys, alexnet_ddp.data.index, alexnet_ddp.data.download; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -159,18 +159,14 @@ def test_missing_paths_show_what_is_there() -> None:
     assert "data/imagnet/train: nothing is there" in message
     assert f"{Path('data').absolute()} exists and holds: imagenet." in message
     assert f"Did you mean {Path('data/imagenet').absolute()}?" in message
-    assert "nothing is there" in refusal("data/imagenet::train2") and "nothing is there" in refusal(
-        "data/*.tar"
-    )
+    assert "nothing is there" in refusal("data/imagenet::train2") and "nothing is there" in refusal("data/*.tar")
 
 
 def test_flat_images_need_labels() -> None:
     """Images without class directories are refused with the way out, in a folder, a tar, a path inside."""
     for locator in (folder("val", "1.jpg", "2.jpg"), tar("v.tar", "1.jpg", "2.jpg")):
         message = refusal(locator)
-        assert (
-            f"{locator}: 2 images lie in it without class directories" in message and "CLASS/image" in message
-        )
+        assert f"{locator}: 2 images lie in it without class directories" in message and "CLASS/image" in message
     inside = tar("both.tar", "train/a/1.jpg", "val/1.jpg")
     assert "both.tar::val: 1 images lie in it without class directories" in refusal(f"{inside}::val")
 
@@ -182,12 +178,8 @@ def test_a_root_one_level_off_is_led_to_the_right_one() -> None:
     assert "Give one of: x.tar::test (1 images), x.tar::train (2 images)" in refusal(
         tar("x.tar", "train/a/1.jpg", "train/b/1.jpg", "test/a/1.jpg")
     )
-    assert "Give flat.tar::train or flat.tar::val instead" in refusal(
-        tar("flat.tar", "train/1.jpg", "val/1.jpg")
-    )
-    assert "Give y.tar::test or y.tar::train instead" in refusal(
-        f"{tar('y.tar', 'train/a/1.jpg', 'test/a/1.jpg')}::"
-    )
+    assert "Give flat.tar::train or flat.tar::val instead" in refusal(tar("flat.tar", "train/1.jpg", "val/1.jpg"))
+    assert "Give y.tar::test or y.tar::train instead" in refusal(f"{tar('y.tar', 'train/a/1.jpg', 'test/a/1.jpg')}::")
     assert "Give w.tar::train or w.tar::val" in refusal(shard("w.tar", ("train/1", 0), ("val/1", 0)))
 
 
@@ -201,9 +193,7 @@ def test_classes_at_several_depths_need_a_path_inside() -> None:
 def test_a_path_that_is_not_in_the_tar() -> None:
     """A path inside that no image lies below is refused with those that exist."""
     path = tar("x.tar", "train/a/1.jpg", "test/a/1.jpg")
-    assert "no image lies below val there.\nGive one of: x.tar::test, x.tar::train." in refusal(
-        f"{path}::val"
-    )
+    assert "no image lies below val there.\nGive one of: x.tar::test, x.tar::train." in refusal(f"{path}::val")
     assert "no image lies below tra there" in refusal(f"{path}::tra")
 
 
@@ -219,9 +209,7 @@ def test_empty_classes_are_named() -> None:
 
 def test_places_without_images_tell_what_they_hold() -> None:
     """Neither images nor classes: the message counts what is there instead."""
-    assert "no images there (.jpg, .jpeg, .jpe or .png); found: no files at all" in refusal(
-        folder("none", "a/")
-    )
+    assert "no images there (.jpg, .jpeg, .jpe or .png); found: no files at all" in refusal(folder("none", "a/"))
     assert "found: 2 .webp, 1 .txt" in refusal(tar("x.tar", "a/1.webp", "a/2.webp", "a/3.txt"))
     assert "no images there" in refusal(tar("empty.tar"))
     nested = refusal(tar("nested.tar", "n01440764.tar"))
