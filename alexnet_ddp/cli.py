@@ -94,6 +94,7 @@ def train(words: list[str]) -> int:
     from alexnet_ddp.stop import StopRequests
 
     requests = StopRequests().install()  # before torch is imported, which takes seconds
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told by us, in one line without C++ stacks
 
     from alexnet_ddp.train import train as train_run
 

@@ -7,6 +7,7 @@ group of one.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class World:
     device: torch.device
     control: dist.ProcessGroup
     hosts: tuple[str, ...]  # host name by rank
-    pids: tuple[int, ...]  # process id by rank
+    pids: tuple[int, ...]  # process id by rank; 0 where this process can't see it (another host or container)
+    token: str  # of this start of the group; the same on all ranks
 
     @property
     def nodes(self) -> int:
@@ -91,21 +93,34 @@ def join(*, device: str, timeout: float) -> World:
                               "timeout": timedelta(seconds=timeout)}
     if on_gpu:
         common["device_id"] = chosen
-    if "RANK" in env:
-        dist.init_process_group(init_method="env://", **common)
-    else:
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    assert isinstance(control, dist.ProcessGroup)
-    mistakes: list[Any] = [None] * size
-    dist.all_gather_object(mistakes, (mistake, socket.gethostname(), os.getpid()), group=control)
-    first = next((told for told, _, _ in mistakes if told), "")
+    try:
+        if "RANK" in env:
+            dist.init_process_group(init_method="env://", **common)
+        else:
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)
+        control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        here = (socket.gethostname(), _pid_namespace())
+        told: list[Any] = [None] * size
+        dist.all_gather_object(told, (mistake, here, os.getpid(), secrets.token_hex(8)), group=control)
+    except (RuntimeError, ValueError) as error:
+        where = f" at {env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if size > 1 else ""
+        raise UserError(f"The {size} ranks could not meet{where}: {(str(error).splitlines() or [''])[0]}.\nEvery rank "
+                        "needs the same MASTER_ADDR and MASTER_PORT, a RANK of its own below WORLD_SIZE, and a free "
+                        "port; torchrun sees to all of it.") from None
+    first = next((mistake for mistake, *_ in told if mistake), "")
     if first:
-        dist.destroy_process_group()
         raise UserError(first)
     assert chosen is not None
-    return World(rank, size, local_rank, local_size, socket.gethostname(), chosen, control,
-                 tuple(host for _, host, _ in mistakes), tuple(pid for _, _, pid in mistakes))
+    return World(rank, size, local_rank, local_size, here[0], chosen, control,
+                 hosts=tuple(there[0] for _, there, _, _ in told),
+                 pids=tuple(pid if there == here else 0 for _, there, pid, _ in told), token=told[0][3])
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def leave() -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,18 @@ def wrap(net: nn.Module, device: torch.device) -> DistributedDataParallel:
     return ddp
 
 
+@contextlib.contextmanager
+def sync_debug(on: bool) -> Iterator[None]:
+    """Where `on`, any call within that makes the host wait for the GPU raises (torch.cuda.set_sync_debug_mode)."""
+    if on:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if on:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 class Step:
     """Takes optimizer steps. Counters stay on the device; nothing here waits for it."""
 
@@ -73,6 +85,8 @@ class Step:
                 with self.autocast():
                     logits = self.net(batch.pixels)
                 losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+                if batch.last:
+                    self._tick("reduce")
                 self.scaler.scale(losses.sum() / planned).backward()  # the last one sums over ranks
             window.add(losses.detach(), logits.detach(), batch.labels)
         self._tick("gradients")

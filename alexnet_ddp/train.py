@@ -248,6 +248,7 @@ class Trainer:
         over = position == self.order.samples
         self.place |= {"step": step + 1, "epoch": plan.epoch + over, "position": 0 if over else position}
         self.place["phase"] = "evaluate" if self._evaluation_due() else "train"
+        self._tick("start")
         self.watchdog.settle()
         self.slowest_step = max(self.slowest_step, time.monotonic() - began)
 

@@ -2,14 +2,16 @@
 
 Every rank has one watch thread. It publishes the rank's progress to the job's store once a second, and leaves hard
 (no waiting in collectives that will never end) when this rank makes no progress for too long, or when its launcher is
-gone. The first rank to fail says so for all; the others leave quietly.
+gone. The first rank to fail says so for all; the others leave quietly, with its exit code.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -23,14 +25,18 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from alexnet_ddp.distributed import World, under_torchrun
-from alexnet_ddp.errors import EXIT_FAILED
+from alexnet_ddp.errors import EXIT_FAILED, EXIT_USER, RunFailed, UserError
 from alexnet_ddp.stop import StopRequests
 
 BEAT = 1.0  # seconds between two beats of a rank
 STALE = 3.5  # seconds without a new beat after which a rank counts as dead
 ORPHAN_GRACE = 15.0  # seconds a rank may still save in once its launcher is gone
+LAST_WORDS = 25.0  # seconds a failing rank may take to say why: a store or a disk may be what has failed
 
-STAGES = ("start", "data", "compute", "gradients", "log", "save", "evaluate")  # in the order of a step
+# What a rank does between two counts of the steps done, in this order; in "reduce" it waits for the others.
+STAGES = ("start", "log", "evaluate", "save", "data", "compute", "reduce", "gradients")
+
+Mark = tuple[int, int, int]  # how far a rank is: (step, stage number, ticks there so far)
 
 
 @dataclass
@@ -43,26 +49,33 @@ class Failure:
     cause: str
     detail: str = ""
     reported_by: int | None = None
+    code: int = EXIT_FAILED  # exit code of all ranks
+    silent: bool = False  # its process is there, but can't leave by itself: the ranks of its host end it
+    told: bool = True  # whether the detail is printed too; for a full disk, say, it is only in the file
 
     def line(self) -> str:
         by = "" if self.reported_by in (None, self.rank) else f" (reported by rank {self.reported_by})"
-        return f"alexnet-ddp: rank {self.rank} on {self.host} failed at step {self.step}: {self.cause}{by}"
+        cause = " ".join(self.cause.split())
+        return f"alexnet-ddp: rank {self.rank} on {self.host} failed at step {self.step}: {cause}{by}"
 
 
 class Watchdog:
-    """Watches one rank. The main loop calls `tick` whenever it gets on."""
+    """Watches one rank. The main loop calls `tick` whenever it gets on; the limits hold from the first tick on."""
 
     def __init__(self, world: World, *, run_dir: Path, requests: StopRequests, step_limit: float,
-                 first_limit: float, on_failure: Callable[[Failure], None]) -> None:
-        self._world, self._run_dir, self._requests, self._on_failure = world, run_dir, requests, on_failure
+                 first_limit: float) -> None:
+        self._world, self._requests = world, requests
+        self._errors = run_dir / "errors"
         self._step_limit, self._first_limit, self._settled = step_limit, first_limit, False
         self._slowest = 0.0  # longest time between two ticks after the first step, seconds
-        self._mark = (0, 0, time.monotonic())  # (step, stage number, when)
+        self._mark: Mark = (0, 0, 0)
+        self._since = math.inf  # when the mark was set
         self._parent = os.getppid() if under_torchrun() else 0
         self._store = _connect() if world.size > 1 else None
         self._done = threading.Event()
         self._failing = threading.Lock()
         self._main = threading.get_ident()
+        self.on_failure: Callable[[Failure], None] = lambda _: None  # rank 0's last words, after the line is out
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -70,8 +83,10 @@ class Watchdog:
         """The main loop is at `stage` of `step`."""
         now = time.monotonic()
         if self._settled:
-            self._slowest = max(self._slowest, now - self._mark[2])
-        self._mark = (step, STAGES.index(stage), now)
+            self._slowest = max(self._slowest, now - self._since)
+        before, number = self._mark, STAGES.index(stage)
+        self._mark = (step, number, before[2] + 1 if before[:2] == (step, number) else 0)
+        self._since = now
 
     def settle(self) -> None:
         """The first step of this attempt is done: from now on the shorter limit holds."""
@@ -88,6 +103,12 @@ class Watchdog:
     # --- the watch thread ---------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
+        try:
+            self._watch_until_done()
+        except Exception as error:
+            self.fail(self._mine(f"the watchdog broke: {_first_line(error)}", traceback.format_exc()))
+
+    def _watch_until_done(self) -> None:
         orphaned_at = 0.0
         next_beat = 0.0
         while not self._done.wait(0.2):
@@ -99,115 +120,174 @@ class Watchdog:
                     os._exit(EXIT_FAILED)
             if now >= next_beat:
                 next_beat = now + BEAT
-                self._beat(now)
-            if now - self._mark[2] > self._limit:
-                self.stalled(now - self._mark[2])
+                self._beat()
+            if now - self._since > self._limit:
+                self.stalled(now - self._since)
 
-    def _beat(self, now: float) -> None:
+    def _beat(self) -> None:
         if self._store is not None:
-            step, stage, since = self._mark
             with contextlib.suppress(RuntimeError, OSError):  # a lost store shows in the collectives
-                self._store.set(f"beat/{self._world.rank}", json.dumps([step, stage, now - since, now]))
+                self._store.set(f"beat/{self._world.rank}", json.dumps([self._mark, time.monotonic()]))
 
     # --- failing ------------------------------------------------------------------------------------------------
 
-    def stalled(self, seconds: float) -> None:
+    def stalled(self, seconds: float) -> NoReturn:
         """No progress on this rank for `seconds`: names whoever is behind, and leaves."""
-        behind, dead = self._survey()
-        step, stage, _ = self._mark
+        self._fail_for_the_lost_here()
+        mark, marks = self._mark, self._marks()
+        if all(other <= mark for other in marks.values()):  # else this rank is behind, and knows best why
+            self._fail_for_a_silent_one()
+            behind = min(marks, key=lambda rank: marks[rank], default=self._world.rank)
+            if behind != self._world.rank and marks[behind] < mark:
+                self.fail(self._of(behind, f"no progress for {seconds:.0f} s in stage "
+                                   f"'{STAGES[marks[behind][1]]}', the others wait for it", step=marks[behind][0]))
         stack = "".join(traceback.format_stack(sys._current_frames()[self._main]))
-        if dead:
-            self.fail(self._of(dead[0], "its process is gone"))
-        if self._world.rank in behind or not behind:
-            self.fail(Failure(self._world.rank, self._world.host, step,
-                              f"no progress for {seconds:.0f} s in stage '{STAGES[stage]}'", stack))
-        self.fail(self._of(behind[0], f"no progress for {seconds:.0f} s, all others wait for it"))
+        self.fail(self._mine(f"no progress for {seconds:.0f} s in stage '{STAGES[mark[1]]}'", stack))
 
-    def peer_lost(self, error: BaseException) -> NoReturn:
+    def broke(self, error: BaseException) -> NoReturn:
+        """An exception that this rank can't go on after. Ends the job, named."""
+        detail = "".join(traceback.format_exception(error))
+        if isinstance(error, UserError):
+            self.fail(self._mine(str(error), code=EXIT_USER))
+        if isinstance(error, RunFailed):
+            self.fail(self._mine(str(error), detail, told=False))
+        if isinstance(error, OSError) and error.strerror:  # of the machine: full, gone, not allowed
+            place = f" ({error.filename})" if error.filename else ""
+            self.fail(self._mine(error.strerror + place, detail, told=False))
+        if is_peer_loss(error):
+            self._peer_lost(error)
+        self.fail(self._mine(f"{type(error).__name__}: {error}", detail))
+
+    def _peer_lost(self, error: BaseException) -> NoReturn:
         """A collective broke under this rank: finds out who left, and leaves."""
-        deadline = time.monotonic() + STALE + 2.0
-        while self._store is not None and time.monotonic() < deadline:
-            if self._first_failure() is not None:
-                break
-            gone = self._gone_here()
-            if gone:
-                time.sleep(0.5)  # it may have said why before it left
-                self.fail(self._of(gone[0], "its process is gone (killed, or out of memory)"))
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline and not self._claimed():
+            self._fail_for_the_lost_here()
             time.sleep(0.1)
-        _, dead = self._survey()
-        if dead:
-            self.fail(self._of(dead[0], "its process or its host is gone"))
-        self.fail(Failure(self._world.rank, self._world.host, self._mark[0],
-                          f"lost the other ranks: {_first_line(error)}"))
+        self._fail_for_a_silent_one()
+        self.fail(self._mine(f"lost the other ranks: {_first_line(error)}"))
 
-    def fail(self, failure: Failure, *, code: int = EXIT_FAILED) -> NoReturn:
+    def _fail_for_the_lost_here(self) -> None:
+        lost = self._lost_here()
+        if lost:
+            time.sleep(0.5)  # it may have said why before it left
+            rank, stopped = lost[0]
+            cause = "its process is stopped (SIGSTOP)" if stopped else "its process is gone (killed, or out of memory)"
+            self.fail(self._of(rank, cause, silent=stopped))
+
+    def _fail_for_a_silent_one(self) -> None:
+        """Waits up to STALE seconds for a sign of life from every rank. Must not be called when all is well."""
+        first, end = self._beats(), time.monotonic() + STALE
+        while first and time.monotonic() < end and not self._claimed():
+            self._beat()  # the others look for it, and the watch thread may be the one that waits here
+            time.sleep(0.2)
+        for rank, beat in self._beats().items():
+            if rank != self._world.rank and first.get(rank) == beat:
+                self.fail(self._of(rank, "no sign of life from its process or its host", silent=True))
+
+    def _mine(self, cause: str, detail: str = "", *, code: int = EXIT_FAILED, told: bool = True) -> Failure:
+        return Failure(self._world.rank, self._world.host, self._mark[0], cause, detail, code=code, told=told)
+
+    def _of(self, rank: int, cause: str, *, step: int | None = None, silent: bool = False) -> Failure:
+        """A failure of another rank; where all that is known of its step is its last beat, the job's counts."""
+        return Failure(rank, self._world.hosts[rank], self._mark[0] if step is None else step, cause, silent=silent)
+
+    def fail(self, failure: Failure) -> NoReturn:
         """Says why unless another rank has, writes errors/rank_N.json, and leaves hard."""
         with self._failing:  # the main and the watch thread may come here together
             failure.reported_by = self._world.rank
-            first = self._claim(failure)
-            if first == failure:
-                write_failure(failure, self._run_dir)
-                if failure.detail:
-                    print(failure.detail, file=sys.stderr)
+            first: list[Failure] = []
+            words = threading.Thread(target=self._last_words, args=(failure, first), daemon=True)
+            words.start()
+            words.join(LAST_WORDS)
+            if not first:
                 print(failure.line(), file=sys.stderr, flush=True)
-            with contextlib.suppress(Exception):
-                self._on_failure(first)
-            os._exit(code)
+            os._exit(first[0].code if first else failure.code)
+
+    def _last_words(self, failure: Failure, told: list[Failure]) -> None:
+        first = self._claim(failure)
+        if first == failure:
+            with contextlib.suppress(OSError):  # a file system that refuses must not hide the failure itself
+                (self._errors / f"rank_{failure.rank}.json").write_text(json.dumps(asdict(failure), indent=1) + "\n")
+            if failure.detail and failure.told:
+                print(failure.detail, file=sys.stderr)
+            print(failure.line(), file=sys.stderr, flush=True)
+        told.append(first)
+        pid = self._world.pids[first.rank]
+        if first.silent and pid and first.rank != self._world.rank:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(Exception):
+            self.on_failure(first)
+
+    # --- who was first ------------------------------------------------------------------------------------------
 
     def _claim(self, failure: Failure) -> Failure:
-        """The job's first failure: this one, unless another rank was quicker."""
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError, OSError):
-                mine = json.dumps(asdict(failure))
-                return Failure(**json.loads(self._store.compare_set("failed", "", mine)))
+        """The job's first failure: this one, unless another rank was quicker.
+
+        The store decides, and where it can't be reached (it may have gone with the rank or the host that failed)
+        a file in the run directory, which the one that won in the store makes as well.
+        """
+        mine = json.dumps(asdict(failure))
+        with contextlib.suppress(RuntimeError, OSError):
+            if self._store is not None:
+                first = Failure(**json.loads(self._store.compare_set("failed", "", mine)))
+                if first != failure:
+                    return first
+        with contextlib.suppress(OSError, ValueError):
+            self._errors.mkdir(parents=True, exist_ok=True)
+            for old in self._errors.glob(".first-*"):  # of earlier attempts
+                if self._world.token not in old.name:
+                    old.unlink(missing_ok=True)
+            draft = self._claim_file.with_name(f"{self._claim_file.name}.{self._world.rank}")
+            draft.write_text(mine)
+            try:
+                os.link(draft, self._claim_file)
+            except FileExistsError:
+                return Failure(**json.loads(self._claim_file.read_text()))
+            finally:
+                draft.unlink()
         return failure
 
-    def _first_failure(self) -> Failure | None:
+    def _claimed(self) -> bool:
         with contextlib.suppress(RuntimeError, OSError):
             if self._store is not None and self._store.check(["failed"]):
-                return Failure(**json.loads(self._store.get("failed")))
-        return None
+                return True
+        return self._claim_file.exists()
 
-    def _of(self, rank: int, cause: str) -> Failure:
-        beat = self._read_beats().get(rank)
-        return Failure(rank, self._world.hosts[rank], int(beat[0]) if beat else self._mark[0], cause)
+    @property
+    def _claim_file(self) -> Path:
+        return self._errors / f".first-{self._world.token}"
 
-    def _read_beats(self) -> dict[int, list[float]]:
-        beats: dict[int, list[float]] = {}
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError, OSError):
-                for rank in range(self._world.size):
-                    if self._store.check([f"beat/{rank}"]):
-                        beats[rank] = json.loads(self._store.get(f"beat/{rank}"))
+    # --- what can be seen of the others -------------------------------------------------------------------------
+
+    def _beats(self) -> dict[int, str]:
+        """Last beat of every rank that has told one; empty when the store can't be reached."""
+        beats: dict[int, str] = {}
+        with contextlib.suppress(RuntimeError, OSError):
+            for rank in range(self._world.size if self._store is not None else 0):
+                assert self._store is not None
+                if self._store.check([f"beat/{rank}"]):
+                    beats[rank] = self._store.get(f"beat/{rank}").decode()
         return beats
 
-    def _survey(self) -> tuple[list[int], list[int]]:
-        """(ranks that are furthest behind, unless all are level; ranks whose beat has stopped)."""
-        dead = self._gone_here()
-        first = self._read_beats()
-        if not first:
-            return [], dead
-        if not dead:
-            time.sleep(STALE)
-            second = self._read_beats()
-            dead = [rank for rank in first if rank != self._world.rank and first[rank][3] == second[rank][3]]
-            first = second or first
-        places = {rank: (beat[0], beat[1]) for rank, beat in first.items()}
-        low, high = min(places.values()), max(places.values())
-        return ([rank for rank, place in places.items() if place == low] if low != high else []), dead
+    def _marks(self) -> dict[int, Mark]:
+        """How far the other ranks say they are."""
+        return {rank: tuple(json.loads(beat)[0]) for rank, beat in self._beats().items() if rank != self._world.rank}
 
-    def _gone_here(self) -> list[int]:
-        """Ranks of this host whose process no longer runs."""
-        return [rank for rank, (host, pid) in enumerate(zip(self._world.hosts, self._world.pids, strict=True))
-                if host == self._world.host and rank != self._world.rank and not _runs(pid)]
+    def _lost_here(self) -> list[tuple[int, bool]]:
+        """Ranks of this host whose process is gone (False) or stopped (True)."""
+        states = [(rank, _state(pid)) for rank, pid in enumerate(self._world.pids) if pid and rank != self._world.rank]
+        return [(rank, state == "T") for rank, state in states if state in ("", "Z", "X", "T")]
 
 
-def _runs(pid: int) -> bool:
+def _state(pid: int) -> str:
+    """A process's state as the kernel's letter (T: stopped by a signal, Z: dead), "" when there is none."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+            return file.read().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return ""
 
 
 def _connect() -> dist.Store:
@@ -219,14 +299,6 @@ def _connect() -> dist.Store:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def write_failure(failure: Failure, run_dir: Path) -> None:
-    """errors/rank_N.json of a failure; a file system that refuses must not hide the failure itself."""
-    with contextlib.suppress(OSError):
-        folder = run_dir / "errors"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank_{failure.rank}.json").write_text(json.dumps(asdict(failure), indent=1) + "\n")
 
 
 def is_peer_loss(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does before it imports torch
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["alexnet_ddp.train", "alexnet_ddp.cli", "torch.utils.tensorboard", "yaml"])
 
