@@ -61,7 +61,8 @@ def load(path: Path, source: Source) -> Scan | None:
             if meta["schema"] != SCHEMA or meta["source"] != _source_facts(source):
                 return None
             stamps = [Stamp(*stamp) for stamp in meta["stamps"]]
-            if not _hold(stamps, source):
+            # A new file or directory shows in the time of the directory that holds it.
+            if any(stamp_of(stamp.path) != stamp for stamp in stamps):
                 return None
             columns = {name: stored[name] for name in Table.COLUMNS}
         table = Table(
@@ -127,14 +128,6 @@ def store(path: Path, source: Source, scan: Scan) -> str | None:
 
 def _source_facts(source: Source) -> list:
     return [source.kind, list(source.paths), source.inside]
-
-
-def _hold(stamps: list[Stamp], source: Source) -> bool:
-    """Whether the tars or directories are as they were; a new directory shows in its parent's time."""
-    roots = tuple(stamp.path for stamp in stamps)
-    if source.kind == "tar" and roots != source.paths or roots[:1] != source.paths[:1]:
-        return False
-    return all(stamp_of(stamp.path) == stamp for stamp in stamps)
 
 
 def _is_sound(table: Table, stamps: list[Stamp]) -> bool:
