@@ -30,7 +30,7 @@ def permute(index: ArrayLike, size: ArrayLike, keys: ArrayLike) -> I64:
                                             np.asarray(keys, dtype=np.uint64))
     rows = np.maximum(np.ceil(np.sqrt(size.astype(np.float64))), 1).astype(np.uint64)
     columns = np.maximum((size + rows - np.uint64(1)) // rows, np.uint64(1))
-    result = _feistel(index, rows, columns, keys)
+    result = np.asarray(_feistel(index, rows, columns, keys))
     outside = result >= size
     while outside.any():  # under 2 sqrt(n) of the grid's points lie outside, so this ends soon
         result[outside] = _feistel(result[outside], rows[outside], columns[outside], keys[outside])
