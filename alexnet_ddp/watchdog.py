@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -28,10 +28,13 @@ from alexnet_ddp.distributed import World, under_torchrun
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_USER, RunFailed, UserError
 from alexnet_ddp.stop import StopRequests
 
+T = TypeVar("T")
+
 BEAT = 1.0  # seconds between two beats of a rank
 STALE = 3.5  # seconds without a new beat after which a rank counts as dead
 ORPHAN_GRACE = 15.0  # seconds a rank may still save in once its launcher is gone
-LAST_WORDS = 25.0  # seconds a failing rank may take to say why: a store or a disk may be what has failed
+ANSWER = 5.0  # seconds the store may take to answer; it sits with rank 0 or its agent, which may be what has failed
+LAST_WORDS = 25.0  # seconds a failing rank may take to say why: the disk may be what has failed
 
 # What a rank does between two counts of the steps done, in this order; in "reduce" it waits for the others.
 STAGES = ("start", "log", "evaluate", "save", "data", "compute", "reduce", "gradients")
@@ -125,9 +128,25 @@ class Watchdog:
                 self.stalled(now - self._since)
 
     def _beat(self) -> None:
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError, OSError):  # a lost store shows in the collectives
-                self._store.set(f"beat/{self._world.rank}", json.dumps([self._mark, time.monotonic()]))
+        beat = json.dumps([self._mark, time.monotonic()])
+        self._ask(lambda store: store.set(f"beat/{self._world.rank}", beat), otherwise=None)
+
+    def _ask(self, question: Callable[[dist.Store], T], *, otherwise: T) -> T:
+        """The store's answer, or `otherwise` when there is none: a store whose host is gone refuses or is silent."""
+        store, answers = self._store, list[T]()
+        if store is None:
+            return otherwise
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError, OSError):
+                answers.append(question(store))
+
+        asking = threading.Thread(target=ask, name="ask", daemon=True)
+        asking.start()
+        asking.join(ANSWER)
+        if asking.is_alive():
+            self._store = None  # it would block every later question, too
+        return answers[0] if answers else otherwise
 
     # --- failing ------------------------------------------------------------------------------------------------
 
@@ -229,11 +248,9 @@ class Watchdog:
         a file in the run directory, which the one that won in the store makes as well.
         """
         mine = json.dumps(asdict(failure))
-        with contextlib.suppress(RuntimeError, OSError):
-            if self._store is not None:
-                first = Failure(**json.loads(self._store.compare_set("failed", "", mine)))
-                if first != failure:
-                    return first
+        first = self._ask(lambda store: store.compare_set("failed", "", mine).decode(), otherwise=mine)
+        if first != mine:
+            return Failure(**json.loads(first))
         with contextlib.suppress(OSError, ValueError):
             self._errors.mkdir(parents=True, exist_ok=True)
             for old in self._errors.glob(".first-*"):  # of earlier attempts
@@ -250,10 +267,7 @@ class Watchdog:
         return failure
 
     def _claimed(self) -> bool:
-        with contextlib.suppress(RuntimeError, OSError):
-            if self._store is not None and self._store.check(["failed"]):
-                return True
-        return self._claim_file.exists()
+        return self._ask(lambda store: store.check(["failed"]), otherwise=False) or self._claim_file.exists()
 
     @property
     def _claim_file(self) -> Path:
@@ -263,13 +277,11 @@ class Watchdog:
 
     def _beats(self) -> dict[int, str]:
         """Last beat of every rank that has told one; empty when the store can't be reached."""
-        beats: dict[int, str] = {}
-        with contextlib.suppress(RuntimeError, OSError):
-            for rank in range(self._world.size if self._store is not None else 0):
-                assert self._store is not None
-                if self._store.check([f"beat/{rank}"]):
-                    beats[rank] = self._store.get(f"beat/{rank}").decode()
-        return beats
+        def read(store: dist.Store) -> dict[int, str]:
+            return {rank: store.get(f"beat/{rank}").decode() for rank in range(self._world.size)
+                    if store.check([f"beat/{rank}"])}
+
+        return self._ask(read, otherwise={})
 
     def _marks(self) -> dict[int, Mark]:
         """How far the other ranks say they are."""
