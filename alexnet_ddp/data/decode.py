@@ -139,7 +139,7 @@ class SimpleJpegDecoder:
 
     def __call__(self, data: bytes, choose: ChooseView, out: U8) -> View:
         # Pillow takes what isn't a plain upright JPEG, and judges what libjpeg only warns of.
-        if data[:2] != b"\xff\xd8" or _orientation(data) != 1:
+        if data[:2] != b"\xff\xd8" or not _upright(data):
             return self._other(data, choose, out)
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -159,17 +159,26 @@ class SimpleJpegDecoder:
         return view
 
 
-def _orientation(data: bytes) -> int:
-    """EXIF orientation of JPEG bytes: 1 (upright) to 8; 1 where there is none or it can't be read."""
-    start = data.find(b"Exif\0\0", 0, 65536)
-    if start < 0:
-        return 1
-    exif = Image.Exif()
+def _upright(data: bytes) -> bool:
+    """Whether Pillow would show these JPEG bytes without turning them; False also where it can't say."""
+    header = _header(data)
+    if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:  # where Pillow looks: EXIF, then XMP
+        return True
     try:
-        exif.load(data[start:start + 65536])
-        return int(exif.get(0x0112, 1))
-    except Exception:  # damaged EXIF says nothing of the pixels
-        return 1
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:  # reads the header only
+            return bool(image.getexif().get(0x0112, 1) == 1)
+    except Exception:
+        return False
+
+
+def _header(data: bytes) -> bytes:
+    """JPEG bytes up to the first scan, all of them where there is something else between the segments."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xDA:
+            return data[:at]
+        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2:at + 4], "big")
+    return data
 
 
 def _open(data: bytes, *, channels: int) -> Image.Image:
@@ -181,6 +190,8 @@ def _open(data: bytes, *, channels: int) -> Image.Image:
             image.load()
             if image.getexif().get(0x0112, 1) != 1:
                 image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
