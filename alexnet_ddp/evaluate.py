@@ -86,10 +86,12 @@ def view_of(section: EvaluateSection, augment: AugmentSection) -> ChooseView:
 
 
 def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose: ChooseView, augment: Augment,
-             world: World, transfer: Transfer, carry_on: Callable[[], bool]) -> Evaluation | None:
+             world: World, transfer: Transfer, carry_on: Callable[[], bool],
+             tick: Callable[[str], None]) -> Evaluation | None:
     """Evaluates the unwrapped net on all `samples` samples. Collective; None when stopped in between.
 
-    `carry_on` is asked once per fetch on every rank and answers the same on all of them.
+    `carry_on` is asked once per fetch on every rank and answers the same on all of them; `tick` hears of every tile,
+    and of the end of this rank's part.
     """
     training = net.training
     net.eval()
@@ -105,6 +107,7 @@ def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose
                 images, labels = transfer(fetched)
                 mask = torch.from_numpy(fetched.work.mask).to(world.device, non_blocking=True)
                 for at in range(0, len(images), TILE):
+                    tick("evaluate")
                     tile = slice(at, at + TILE)
                     logits = net(augment(images[tile], None)).float()
                     losses = F.cross_entropy(logits, labels[tile], reduction="none").double()
@@ -112,6 +115,7 @@ def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose
                     places = label_ranks(logits, labels[tile])
                     counts += torch.stack([mask[tile].sum(), ((places < 1) & mask[tile]).sum(),
                                            ((places < 5) & mask[tile]).sum()])
+        tick("gather")
         dist.all_reduce(counts)
         dist.all_reduce(loss_of_tile)  # every tile has one owner; the others add zeros
     finally:

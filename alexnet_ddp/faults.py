@@ -33,7 +33,7 @@ def strike(fault: FaultSection, *, at: str, step: int, rank: int) -> None:
 
 
 def spoil(pixels: Tensor, fault: FaultSection, *, step: int, rank: int) -> Tensor:
-    """For `fault.kind=inf`: infinite pixels in step number `fault.step` (from 0), so that its gradients are."""
-    if fault.kind == "inf" and _chosen(fault, step=step, rank=rank):
+    """For `fault.kind=inf`: infinite pixels from step number `fault.step` (from 0) on, so that the gradients are."""
+    if fault.kind == "inf" and 0 <= step - fault.step < fault.times and fault.rank in (rank, -1):
         return torch.full_like(pixels, float("inf"))
     return pixels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -11,7 +12,7 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp import faults, sinks
 from alexnet_ddp.checkpoint import store
 from alexnet_ddp.checkpoint.state import TrainState
-from alexnet_ddp.checkpoint.writer import Writer
+from alexnet_ddp.checkpoint.writer import SaveFailed, Writer
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.training import Data, largest_part
 from alexnet_ddp.distributed import World
@@ -133,6 +134,8 @@ class Report:
     def leave(self, *, place: dict[str, Any], cause: str) -> None:
         """The last save is on the disk, then state.json and the user are told how it ended."""
         self.writer.close()
+        if self.writer.failure is not None:  # this was the last try: what the save would have held is lost
+            raise SaveFailed(self.writer.failure)
         if self._board is not None:
             self._board.close()
         if cause:
@@ -146,7 +149,8 @@ class Report:
 
     def fail(self, why: str, *, place: dict[str, Any]) -> None:
         """The job is failing: a save under way is finished, and state.json says why."""
-        self.writer.wait()
+        with contextlib.suppress(Exception):
+            self.writer.wait()
         self.status("failed", place=place, why=why)
         self._directory.close()
 

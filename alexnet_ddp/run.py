@@ -24,6 +24,7 @@ from alexnet_ddp.errors import UserError
 from alexnet_ddp.lease import Lease
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.sinks import say
+from alexnet_ddp.watchdog import Failure
 
 STATE = "state.json"
 
@@ -69,6 +70,11 @@ class RunDirectory:
         """Replaces state.json: status is running, preempted, finished or failed; `why` says why in words."""
         self.known |= {"status": status, "why": why, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
         files.replace(self.path / STATE, content=(json.dumps(self.known, indent=1) + "\n").encode())
+
+    def write_failed(self, failure: Failure) -> None:
+        """The job is failing before its report has begun."""
+        self.write_state("failed", why=failure.line())
+        self.close()
 
     def close(self) -> None:
         self._lease.release()

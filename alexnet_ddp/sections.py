@@ -145,5 +145,6 @@ class FaultSection(Section):
     kind: Literal["none", "kill", "hang", "error", "inf", "signal", "oom"] = field("none", "free", "what")
     at: Literal["step", "evaluate", "save"] = field("step", "free", "where: after that step, or within")
     step: int = field(0, "free", "steps done when it strikes", ge=0)
+    times: int = field(1, "free", "for kind: inf: in so many steps in a row", ge=1)
     rank: int = field(0, "free", "which rank; -1: all", ge=-1)
     signal: Literal["INT", "TERM", "HUP", "USR1", "USR2"] = field("USR1", "free", "for kind: signal")

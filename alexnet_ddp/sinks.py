@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -58,7 +59,10 @@ class MetricsFile:
         rewrite(path, [json.dumps(record) for record in self.records])
 
     def write(self, record: Record) -> None:
-        self._waiting.append(json.dumps(record))
+        # JSON has no nan and no infinity: the loss of a step with infinite gradients is null.
+        strict = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in record.items()}
+        self._waiting.append(json.dumps(strict, allow_nan=False))
         self.flush()
 
     def flush(self, *, durable: bool = False) -> None:

@@ -64,6 +64,8 @@ def train(config: Config, *, requests: StopRequests, fresh: bool = False, accept
         taken: list[RunDirectory] = []
         on_rank_0(world, lambda: taken.append(RunDirectory(config, fresh=fresh)))
         directory = taken[0] if taken else None
+        if directory is not None:
+            watchdog.on_failure = directory.write_failed
         check_shared(world, config.run_dir)
 
         trainer = Trainer(config, world, data, directory, watchdog=watchdog, requests=requests, started=started)
@@ -333,7 +335,7 @@ class Trainer:
         with self._loader(self.data.val, rows=batch * TILE) as loader:
             found = evaluate(self.step.net.module, loader, samples=len(self.data.val), batch=batch,
                              choose=view_of(self.config.evaluate, self.config.augment), augment=self.augment,
-                             world=self.world, transfer=self.transfer, carry_on=carry_on)
+                             world=self.world, transfer=self.transfer, carry_on=carry_on, tick=self._tick)
         if found is None:
             return False
         best = self.place["best"]

@@ -36,8 +36,8 @@ ORPHAN_GRACE = 15.0  # seconds a rank may still save in once its launcher is gon
 ANSWER = 5.0  # seconds the store may take to answer; it sits with rank 0 or its agent, which may be what has failed
 LAST_WORDS = 25.0  # seconds a failing rank may take to say why: the disk may be what has failed
 
-# What a rank does between two counts of the steps done, in this order; in "reduce" it waits for the others.
-STAGES = ("start", "log", "evaluate", "save", "data", "compute", "reduce", "gradients")
+# What a rank does between two counts of the steps done, in order; in "gather" and "reduce" it waits for the others.
+STAGES = ("start", "log", "evaluate", "gather", "save", "data", "compute", "reduce", "gradients")
 
 Mark = tuple[int, int, int]  # how far a rank is: (step, stage number, ticks there so far)
 
