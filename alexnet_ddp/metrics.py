@@ -32,6 +32,7 @@ class Window:
     """Open accumulators: float64 [steps, 3] of (loss sum, correct, samples), and the counters of skipped updates."""
 
     def __init__(self, steps: int, *, device: torch.device) -> None:
+        self._steps = steps
         self._rows = torch.zeros(steps, 3, dtype=torch.float64, device=device)
         self._norm = torch.zeros((), device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # skipped, skipped in a row
@@ -40,7 +41,7 @@ class Window:
 
     @property
     def full(self) -> bool:
-        return self.filled == len(self._rows)
+        return self.filled >= self._steps
 
     def add(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
         """One micro-batch: losses [n], logits [n, classes], labels [n]."""
@@ -81,8 +82,11 @@ class Window:
                        int(in_a_row))
 
     def restore(self, rows: Tensor | None, *, filled: int, skipped: int, in_a_row: int, owner: bool) -> None:
-        """Puts back what a checkpoint held; only the owner (rank 0) takes the summed rows."""
-        self._rows.zero_()
+        """Puts back what a checkpoint held; only the owner (rank 0) takes the summed rows.
+
+        An open window may be longer than this one (`log.steps` was lowered): the next step closes it.
+        """
+        self._rows = self._rows.new_zeros(max(self._steps, filled + 1), 3)
         if rows is not None and owner:
             self._rows[:filled] = rows[:filled].to(self._rows.device)
         self.filled = filled
