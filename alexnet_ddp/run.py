@@ -67,9 +67,19 @@ class RunDirectory:
         self._lease.check()
 
     def write_state(self, status: str, *, why: str = "", **facts: Any) -> None:
-        """Replaces state.json: status is running, preempted, finished or failed; `why` says why in words."""
+        """Replaces state.json: status is running, preempted, finished or failed; `why` says why in words.
+
+        Raises LeaseLost when another process owns the directory now: its state is not ours to tell.
+        """
+        self.guard()
         self.known |= {"status": status, "why": why, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
         files.replace(self.path / STATE, content=(json.dumps(self.known, indent=1) + "\n").encode())
+
+    def confirm_finished(self, start: Start) -> None:
+        """A run that was over before this attempt: a kill may have come between its last save and state.json."""
+        if start.state is not None and self.known.get("status") != "finished":
+            self.write_state("finished", step=start.state.step, epoch=start.state.epoch, best=start.state.best,
+                             last_checkpoint=start.resumed_from)
 
     def write_failed(self, failure: Failure) -> None:
         """The job is failing before its report has begun."""

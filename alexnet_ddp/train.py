@@ -171,6 +171,7 @@ class Trainer:
                                         identities=self.data.identities, accept_changes=accept_changes)
             loaded.append(start.state)
             if start.finished:
+                self.directory.confirm_finished(start)
                 say_finished(self.config, self.total_steps, start.state.best if start.state else None)
             return replace(start, state=None)
 
