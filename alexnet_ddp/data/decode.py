@@ -24,9 +24,10 @@ from alexnet_ddp.errors import UserError
 
 U8 = NDArray[np.uint8]
 
-# EXIF blocks are often damaged in photographs from the web; that says nothing of the pixels.
+# EXIF blocks are often damaged in photographs from the web; that says nothing of the pixels. Sizes we judge ourselves.
 warnings.filterwarnings("ignore", module=r"PIL\.(TiffImagePlugin|Image|JpegImagePlugin)")
 
+MOST_PIXELS = 89_478_485  # Pillow's bound: 256 MB of RGB; beyond it a header is damaged or made to harm
 SHORT_SIDE = 256  # pixels, of the stored stages short256 and raw256
 STORED_QUALITY = 90  # JPEG quality of short256
 
@@ -143,6 +144,7 @@ class SimpleJpegDecoder:
             return self._other(data, choose, out)
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            _check_size(width, height)
             if colours in ("CMYK", "YCCK"):
                 return self._other(data, choose, out)
             view = choose(width, height)
@@ -181,21 +183,27 @@ def _header(data: bytes) -> bytes:
     return data
 
 
+def _check_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise DamagedImage(f"{width} x {height} pixels are more than the {MOST_PIXELS:,} of a photograph")
+
+
 def _open(data: bytes, *, channels: int) -> Image.Image:
     """The decoded, upright image with 1 (grey) or 3 (RGB) channels. Raises DamagedImage."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-            image.load()
-            if image.getexif().get(0x0112, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("L" if channels == 1 else "RGB")
+        image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        _check_size(*image.size)
+        image.load()
+        if image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("L" if channels == 1 else "RGB")
+    except DamagedImage:
+        raise
     except Exception as error:  # Pillow raises a dozen kinds for bad bytes
         what = "no bytes" if not data else str(error).replace(repr(io.BytesIO), "") or type(error).__name__
         raise DamagedImage("not a JPEG or PNG" if "cannot identify image" in what else what) from None

@@ -1,0 +1,340 @@
+"""Decoding: torchvision's views, one upright image whatever the file's kind, damage named, decoders that agree."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torchvision import transforms
+
+from alexnet_ddp.data import decode
+from alexnet_ddp.data.decode import ChooseView, DamagedImage, View, create_decoder, to_stage
+from alexnet_ddp.data.randomness import CROP_DRAWS, key, uniform
+from alexnet_ddp.errors import UserError
+
+DECODERS = [create_decoder("pillow"), create_decoder("simplejpeg")]
+BOTH = pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: decoder.name)
+SIZE = 64
+
+
+def photograph(width: int, height: int, *, seed: int = 0) -> Image.Image:
+    """Coloured noise whose strength falls with frequency as that of photographs does."""
+    random = np.random.default_rng(seed)
+    pixels = np.zeros((height, width, 3))
+    for octave in range(1, 8):
+        rows, columns = max(2, 2**octave * height // width), 2**octave
+        for channel in range(3):
+            coarse = Image.fromarray(random.normal(size=(rows, columns)).astype(np.float32) / 2**octave)
+            pixels[..., channel] += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 92} if kind == "JPEG" else {}), **options)
+    return file.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def central(width: int, height: int) -> View:
+    return decode.center(width, height, size=SIZE)
+
+
+def whole(width: int, height: int) -> View:
+    return decode.squash(width, height, size=SIZE)
+
+
+def decoded(decoder: decode.Decoder, data: bytes, choose: ChooseView = central, *, channels: int = 3,
+            size: int = SIZE) -> NDArray[np.int64]:
+    out = np.full((size, size, channels), 77, np.uint8)
+    decoder(data, choose, out)
+    return out.astype(np.int64)
+
+
+# --- views ------------------------------------------------------------------------------------------------------
+
+
+def test_random_resized_is_torchvision_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fed with our draws, torchvision's RandomResizedCrop gives our boxes, its central way out included."""
+    fed: list[float] = []
+
+    class Empty:
+        def uniform_(self, low: float, high: float) -> torch.Tensor:
+            return torch.tensor(float(low) + fed.pop(0) * (float(high) - float(low)), dtype=torch.float64)
+
+    monkeypatch.setattr(torch, "empty", lambda _: Empty())
+    monkeypatch.setattr(torch, "randint", lambda low, high, size: torch.tensor([low + int(fed.pop(0) * (high - low))]))
+    shapes = [(500, 375), (375, 500), (40, 400), (400, 30), (1, 1), (3, 2), (64, 64), (2000, 17)]
+    fallbacks = 0
+    for scale, ratio in (((0.08, 1.0), (0.75, 4 / 3)), ((0.9, 1.0), (0.75, 4 / 3)), ((0.3, 0.3), (1.0, 1.0))):
+        for number, (width, height) in enumerate(shapes * 8):
+            draws = uniform(key(number, width), CROP_DRAWS)
+            view = decode.random_resized(width, height, size=SIZE, draws=draws, scale=scale, ratio=ratio)
+            # Ours has four draws a try: area, ratio, x, y. Theirs draws area and ratio until one fits, then y and x.
+            fed.clear()
+            for area, aspect, x, y in draws.reshape(-1, 4).tolist():
+                fed += [area, aspect]
+                pixels = width * height * (scale[0] + area * (scale[1] - scale[0]))
+                bent = ratio[0] * (ratio[1] / ratio[0]) ** aspect
+                if 0 < round((pixels * bent) ** 0.5) <= width and 0 < round((pixels / bent) ** 0.5) <= height:
+                    fed += [y, x]
+                    break
+            else:
+                fallbacks += 1
+            theirs = transforms.RandomResizedCrop.get_params(torch.zeros(1).expand(3, height, width), scale, ratio)
+            assert not fed  # all were drawn
+            assert (view.top, view.left, view.height, view.width) == theirs, (width, height, scale)
+            assert (view.resized_width, view.resized_height, view.x, view.y) == (SIZE, SIZE, 0, 0)
+    assert 10 < fallbacks < 150
+
+
+def test_views_stay_inside() -> None:
+    """Every view of every shape, one pixel high or wide too, lies inside the image and holds the whole square."""
+    ends = np.array([0.0, 1 - 2.0**-53])
+    for width, height in ((1, 1), (1, 500), (2000, 1), (224, 224), (256, 256), (257, 256), (500, 375), (63, 64)):
+        for size in (16, 64, 224):
+            views = [decode.center(width, height, size=size), decode.squash(width, height, size=size)]
+            for draws in (*(np.full(CROP_DRAWS, end) for end in ends), uniform(key(width), CROP_DRAWS)):
+                views.append(decode.random_crop(width, height, size=size, draws=draws))
+                views.append(decode.random_resized(width, height, size=size, draws=draws, scale=(0.08, 1.0),
+                                                   ratio=(0.75, 4 / 3)))
+            for view in views:
+                assert 0 <= view.left <= view.left + view.width <= width
+                assert 0 <= view.top <= view.top + view.height <= height
+                assert 0 <= view.x <= view.x + size <= view.resized_width
+                assert 0 <= view.y <= view.y + size <= view.resized_height
+                assert min(view.width, view.height) >= 1
+
+
+def test_random_crop_reaches_all_places() -> None:
+    """The 2012 crop comes from a short side of 256 for 224, and its corners are reached."""
+    corners = [decode.random_crop(500, 375, size=224, draws=np.full(CROP_DRAWS, end)) for end in (0.0, 1 - 2.0**-53)]
+    assert [(view.resized_width, view.resized_height) for view in corners] == [(341, 256)] * 2
+    assert [(view.x, view.y) for view in corners] == [(0, 0), (341 - 224, 256 - 224)]
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (256, 256), (300, 299), (257, 601), (100, 80)])
+def test_center_is_resize_256_and_center_crop_224(width: int, height: int) -> None:
+    """The evaluated view is torchvision's Resize(256) and CenterCrop(224) of the PIL image: mean within 1/255."""
+    image = photograph(width, height)
+    theirs = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+
+    def choose(wide: int, high: int) -> View:
+        return decode.center(wide, high, size=224)
+
+    lossless = decoded(DECODERS[0], encoded(image, "PNG"), choose, size=224)
+    assert np.array_equal(lossless, np.asarray(theirs(image)))  # the same library: to the bit
+    data = encoded(image)
+    expected = np.asarray(theirs(Image.open(io.BytesIO(data)).convert("RGB"))).astype(np.int64)
+    for decoder in DECODERS:
+        assert np.abs(decoded(decoder, data, choose, size=224) - expected).mean() < 1.0
+
+
+def test_decoders_show_the_same() -> None:
+    """simplejpeg's quick, scaled decode differs from Pillow's full one by at most 2/255 on average, at equal views."""
+    pillow, quick = DECODERS
+    for number, (width, height) in enumerate([(500, 375), (375, 500), (1024, 768), (131, 97), (64, 64), (1600, 90)]):
+        data = encoded(photograph(width, height, seed=number), subsampling=number % 3)
+        draws = uniform(key(np.arange(6), number), CROP_DRAWS)
+
+        def random(wide: int, high: int, draws: NDArray[np.float64] = draws[0]) -> View:
+            return decode.random_resized(wide, high, size=SIZE, draws=draws, scale=(0.08, 1.0), ratio=(0.75, 4 / 3))
+
+        views: list[ChooseView] = [central, whole]
+        views += [lambda w, h, row=row, random=random: random(w, h, row) for row in draws]  # type: ignore[misc]
+        for choose in views:
+            outs = [np.zeros((SIZE, SIZE, 3), np.uint8) for _ in DECODERS]
+            shown = [decoder(data, choose, out) for decoder, out in zip(DECODERS, outs, strict=True)]
+            assert shown[0] == shown[1]
+            assert np.abs(outs[0].astype(int) - outs[1]).mean() <= 2.0
+    assert {decoder.name for decoder in DECODERS} == {pillow.name, quick.name} == {"pillow", "simplejpeg"}
+
+
+# --- kinds of files ---------------------------------------------------------------------------------------------
+
+UPRIGHT = photograph(180, 120)
+
+
+def with_xmp(orientation: int) -> bytes:
+    packet = ('<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+              '<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
+              f'tiff:Orientation="{orientation}"/></rdf:RDF></x:xmpmeta>')
+    return encoded(stored(orientation), xmp=packet.encode())
+
+
+def stored(orientation: int) -> Image.Image:
+    """The pixels that a camera held in this orientation writes of UPRIGHT."""
+    turns: dict[int, Callable[[Image.Image], Image.Image]] = {
+        1: lambda image: image, 2: ImageOps.mirror, 3: lambda image: image.rotate(180), 4: ImageOps.flip,
+        5: lambda image: image.transpose(Image.Transpose.TRANSPOSE), 6: lambda image: image.rotate(90, expand=True),
+        7: lambda image: image.transpose(Image.Transpose.TRANSVERSE), 8: lambda image: image.rotate(270, expand=True)}
+    return turns[orientation](UPRIGHT)
+
+
+@BOTH
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("where", ["exif", "xmp", "late exif"])
+def test_all_eight_orientations(decoder: decode.Decoder, orientation: int, where: str) -> None:
+    """An image stored in any of the eight orientations, told in EXIF or XMP, is shown, and its view chosen, upright."""
+    if where == "xmp":
+        data = with_xmp(orientation)
+    else:
+        data = encoded(stored(orientation), exif=exif(orientation).tobytes())
+        if where == "late exif":  # after two segments of other things, as large as segments get
+            start = data.index(b"Exif\0\0") - 4
+            end = start + 2 + struct.unpack(">H", data[start + 2:start + 4])[0]
+            other = b"\xff\xe5" + struct.pack(">H", 65_000) + bytes(64_998)
+            data = data[:2] + 2 * other + data[start:end] + data[2:start] + data[end:]
+    asked: list[tuple[int, int]] = []
+
+    def choose(width: int, height: int) -> View:
+        asked.append((width, height))
+        return decode.random_resized(width, height, size=SIZE, draws=np.full(CROP_DRAWS, 0.3), scale=(0.3, 0.3),
+                                     ratio=(1.0, 1.0))
+
+    out = np.zeros((SIZE, SIZE, 3), np.uint8)
+    decoder(data, choose, out)
+    expected = decoded(DECODERS[0], encoded(UPRIGHT, "PNG"), choose)
+    assert asked[0] == UPRIGHT.size
+    assert np.abs(out.astype(int) - expected).mean() < 4.0  # JPEG's own loss; a wrong turn gives 30
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("block", [b"", bytes(range(20)), b"II*\0\x08\0\0\0\xff\xff\x12\x01", b"MM\0*\xff\xff\xff\xff"])
+def test_damaged_exif_says_nothing_of_the_pixels(decoder: decode.Decoder, block: bytes) -> None:
+    """A JPEG whose EXIF block is nonsense is shown as it is."""
+    data = encoded(UPRIGHT)
+    segment = b"\xff\xe1" + struct.pack(">H", 8 + len(block)) + b"Exif\0\0" + block
+    assert np.array_equal(decoded(decoder, data[:2] + segment + data[2:]), decoded(decoder, data))
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["grey", "CMYK", "progressive", "4:4:4", "one pixel", "a line", "trailing bytes",
+                                  "PNG", "PNG grey", "PNG palette", "PNG 16 bits", "PNG black and white"])
+def test_kinds_of_images(decoder: decode.Decoder, kind: str) -> None:
+    """Grey, CMYK and progressive JPEGs, PNGs of every kind and the smallest images are shown as what they show."""
+    grey = UPRIGHT.convert("L")
+    shown, data = {
+        "grey": (grey, encoded(grey)), "CMYK": (UPRIGHT, encoded(UPRIGHT.convert("CMYK"))),
+        "progressive": (UPRIGHT, encoded(UPRIGHT, progressive=True)),
+        "4:4:4": (UPRIGHT, encoded(UPRIGHT, subsampling=0)),
+        "one pixel": (UPRIGHT.resize((1, 1)), encoded(UPRIGHT.resize((1, 1)), subsampling=0)),
+        "a line": (UPRIGHT.resize((300, 1)), encoded(UPRIGHT.resize((300, 1)), subsampling=0)),
+        "trailing bytes": (UPRIGHT, encoded(UPRIGHT) + b"some more" * 9),
+        "PNG": (UPRIGHT, encoded(UPRIGHT, "PNG")), "PNG grey": (grey, encoded(grey, "PNG")),
+        "PNG palette": (UPRIGHT.quantize(64).convert("RGB"), encoded(UPRIGHT.quantize(64), "PNG")),
+        "PNG 16 bits": (grey, encoded(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), "PNG")),
+        "PNG black and white": (grey.convert("1"), encoded(grey.convert("1"), "PNG")),
+    }[kind]
+    lossless = kind.startswith("PNG")
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        expected = np.asarray(shown.convert(mode).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+        found = decoded(decoder, data, whole, channels=channels)
+        difference = np.abs(found - expected.reshape(SIZE, SIZE, channels)).mean()
+        assert difference <= (0.6 if lossless else 4.0)
+
+
+@BOTH
+def test_transparent_pixels_are_white(decoder: decode.Decoder) -> None:
+    """What a PNG leaves open, by an alpha channel, a palette or one transparent colour, is white, half-open mixed."""
+    alpha = np.zeros((120, 180), np.uint8)
+    alpha[:, 60:120], alpha[:, 120:] = 128, 255
+    image = UPRIGHT.copy()
+    image.putalpha(Image.fromarray(alpha))
+    expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    found = decoded(decoder, encoded(image, "PNG"), whole)
+    assert np.abs(found - np.asarray(expected.resize((SIZE, SIZE), Image.Resampling.BILINEAR))).max() <= 1
+    assert (found[:, :19] == 255).all()
+    flat = Image.new("RGB", (40, 40), (10, 200, 30))
+    assert (decoded(decoder, encoded(flat, "PNG", transparency=(10, 200, 30)), whole) == 255).all()
+    assert (decoded(decoder, encoded(flat.quantize(2), "PNG", transparency=0), whole) == 255).all()
+    assert (decoded(decoder, encoded(flat, "PNG"), whole) == (10, 200, 30)).all()
+
+
+JPEG, PNG = encoded(UPRIGHT), encoded(UPRIGHT, "PNG")
+GIF = encoded(UPRIGHT, "GIF")
+
+
+@BOTH
+@pytest.mark.parametrize(("data", "said"), [
+    (b"", "no bytes"), (b"This is no photograph.\n" * 9, "not a JPEG or PNG"), (b"\xff", "not a JPEG or PNG"),
+    (GIF, "not a JPEG or PNG"), (JPEG[:10], "runcated"), (JPEG[:300], "runcated"),
+    (JPEG[: len(JPEG) // 2], "truncated"), (JPEG[: len(JPEG) // 2] + bytes(len(JPEG) // 2), "truncated"),
+    (JPEG[:-2], "truncated"), (PNG[:5000], "truncated"),
+    (PNG[:20], ""), (b"\xff\xd8\xff\xd9", ""), (JPEG[:2] + b"\0" * 99, ""),
+])
+def test_damage_is_told(decoder: decode.Decoder, data: bytes, said: str) -> None:
+    """Zero bytes, text named .jpg, other formats and files cut anywhere are DamagedImage, never a grey lower half."""
+    with pytest.raises(DamagedImage) as error:
+        decoded(decoder, data)
+    assert said in str(error.value)
+    assert str(error.value)
+    assert "object at 0x" not in str(error.value)
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_flood_of_pixels_is_damage(decoder: decode.Decoder) -> None:
+    """A file whose header claims more pixels than a photograph has is refused before memory is taken for them."""
+    png, jpeg = bytearray(PNG), bytearray(JPEG)
+    png[16:24] = struct.pack(">II", 10_000, 10_000)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5:frame + 9] = struct.pack(">HH", 10_000, 10_000)
+    for data in (bytes(png), bytes(jpeg)):
+        with pytest.raises(DamagedImage, match="10000 x 10000 pixels"):
+            decoded(decoder, data)
+
+
+def test_decoder_by_name() -> None:
+    """auto is the quickest that is installed; an unknown name is refused; the version names all that moves pixels."""
+    assert create_decoder("auto").name == "simplejpeg"
+    assert "pillow" in create_decoder("simplejpeg").version
+    with pytest.raises(UserError, match=r"data\.decoder must be"):
+        create_decoder("nvjpeg")
+
+
+# --- stored stages ----------------------------------------------------------------------------------------------
+
+
+def test_stages() -> None:
+    """short256 is a JPEG of short side 256, raw256 lossless central 256 x 256 pixels, original the bytes themselves."""
+    image = photograph(400, 300)
+    data = encoded(image, exif=exif(6).tobytes())
+    assert to_stage(data, "original") is data
+    short = Image.open(io.BytesIO(to_stage(data, "short256")))
+    raw = Image.open(io.BytesIO(to_stage(data, "raw256")))
+    assert (short.format, short.size, short.getexif().get(0x0112, 1)) == ("JPEG", (256, 341), 1)
+    assert (raw.format, raw.size) == ("PNG", (256, 256))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).resize((256, 341), Image.Resampling.BILINEAR)
+    assert np.abs(np.asarray(short).astype(int) - np.asarray(upright)).mean() < 3.0
+    assert np.array_equal(np.asarray(raw), np.asarray(upright.crop((0, 42, 256, 298))))
+    for stage in ("short256", "raw256"):
+        assert to_stage(data, stage) == to_stage(data, stage)
+        assert to_stage(encoded(photograph(256, 256), "PNG"), stage)
+        with pytest.raises(DamagedImage):
+            to_stage(data[:900], stage)
+
+
+def test_stages_of_small_and_grey_images() -> None:
+    """Smaller images are enlarged to the stage's size, and a staged grey image still is grey."""
+    data = encoded(photograph(100, 50).convert("L"))
+    for stage, size in (("short256", (512, 256)), ("raw256", (256, 256))):
+        image = Image.open(io.BytesIO(to_stage(data, stage)))
+        assert image.size == size
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+        assert np.ptp(pixels, axis=-1).max() <= 2
+    out = decoded(DECODERS[1], to_stage(data, "short256"), central, channels=1)
+    assert out.shape == (SIZE, SIZE, 1)
