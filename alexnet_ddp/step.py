@@ -84,7 +84,8 @@ class Step:
                 set_dropout_rows(self.net.module, batch.dropout_rows)
                 with self.autocast():
                     logits = self.net(batch.pixels)
-                losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                losses = F.cross_entropy(logits, batch.labels, reduction="none")
                 if batch.last:
                     self._tick("reduce")
                 self.scaler.scale(losses.sum() / planned).backward()  # the last one sums over ranks
