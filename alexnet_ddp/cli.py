@@ -8,10 +8,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from alexnet_ddp import __version__
-from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
+from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
 
 ABOUT = """alexnet-ddp: the ImageNet trainer that survives a cluster.
 
@@ -49,6 +50,9 @@ ELSEWHERE = {
 }
 
 
+OVERFIT_LOSS = 0.1  # mean cross-entropy at which a few samples count as learned by heart
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors that teach."""
 
@@ -77,6 +81,7 @@ def train(words: list[str]) -> int:
     if options.overfit is not None:
         overrides += overfit(options.overfit, recipes.load(options.config, overrides).name)
     config = recipes.load(options.config, overrides)
+    fresh = options.fresh or options.overfit is not None
     if options.print_config:
         print(recipes.dump(config), end="")
         return EXIT_FINISHED
@@ -87,19 +92,22 @@ def train(words: list[str]) -> int:
             raise UserError("--nproc-per-node starts the ranks itself, and this is already a rank of torchrun. "
                             "Leave out the one or the other.")
         ranks = ranks_wanted(options.nproc_per_node)
-        flags = [flag for flag, given in (("--fresh", options.fresh), ("--accept-changes", options.accept_changes))
-                 if given]
-        return launch(["train", options.config, *overrides, *flags], ranks=ranks, run_dir=config.run_dir)
+        flags = [flag for flag, given in (("--fresh", fresh), ("--accept-changes", options.accept_changes)) if given]
+        code = launch(["train", options.config, *overrides, *flags], ranks=ranks, run_dir=config.run_dir)
+        return overfit_verdict(config.run_dir, options.overfit) if options.overfit and not code else code
 
     from alexnet_ddp.stop import StopRequests
 
     requests = StopRequests().install()  # before torch is imported, which takes seconds
+    # OpenMP's threads spin while they wait, by default: beside decode threads that costs ten times the speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told by us, in one line without C++ stacks
 
     from alexnet_ddp.train import train as train_run
 
-    code = train_run(config, requests=requests, fresh=options.fresh or options.overfit is not None,
-                     accept_changes=options.accept_changes)
+    code = train_run(config, requests=requests, fresh=fresh, accept_changes=options.accept_changes)
+    if options.overfit and not code and os.environ.get("RANK", "0") == "0":
+        return overfit_verdict(config.run_dir, options.overfit)
     if code == EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
         return EXIT_FINISHED  # torchrun would kill the other ranks and call it a failure
     return code
@@ -112,7 +120,22 @@ def overfit(samples: int, name: str) -> list[str]:
     return [f"name={name}-overfit", f"data.limit={samples}", "data.val=null", f"global_batch={samples}",
             "epochs=300", "model.dropout=0", "optim.weight_decay=0", "augment.crop=center", "augment.flip=0",
             "augment.rotation=0", "augment.color_jitter=[0,0,0,0]", "augment.pca_lighting=0",
-            "schedule.name=constant", "schedule.warmup_epochs=0", "log.steps=10", "checkpoint.epochs=null"]
+            "schedule.name=constant", "schedule.warmup_epochs=0", "log.steps=10", "checkpoint.epochs=null",
+            f"limits.loss={OVERFIT_LOSS}"]
+
+
+def overfit_verdict(run_dir: Path, samples: int) -> int:
+    """Says what the sanity check has shown."""
+    from alexnet_ddp.sinks import read_records
+
+    loss = read_records(run_dir / "metrics.jsonl")[-1]["loss"]
+    if loss < OVERFIT_LOSS:
+        print(f"alexnet-ddp: the net has learned the {samples} samples by heart (loss {loss:.3f}): net, data and "
+              "optimizer work together.")
+        return EXIT_FINISHED
+    print(f"alexnet-ddp: the net has not learned {samples} samples by heart (loss {loss:.3f} after 300 steps, under "
+          f"{OVERFIT_LOSS} wanted): look at optim.lr, at the labels, and at fewer samples first.")
+    return EXIT_FAILED
 
 
 def models(words: list[str]) -> int:
@@ -148,8 +171,6 @@ def data(words: list[str]) -> int:
         with open_index(options.what) as index:
             print(summary(index))
         return EXIT_FINISHED
-
-    from pathlib import Path
 
     from alexnet_ddp.data.download import download_cifar10
 

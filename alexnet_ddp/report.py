@@ -145,7 +145,7 @@ class Report:
                 "The same command goes on from there.")
         else:
             self.status("finished", place=place)
-            say_finished(self._config, self._total, place["best"])
+            say_finished(self._config, place["step"], place["best"])
 
     def fail(self, why: str, *, place: dict[str, Any]) -> None:
         """The job is failing: a save under way is finished, and state.json says why."""
@@ -155,7 +155,8 @@ class Report:
         self._directory.close()
 
 
-def say_finished(config: Config, total_steps: int, best: dict[str, Any] | None) -> None:
+def say_finished(config: Config, step: int, best: dict[str, Any] | None) -> None:
     accuracy = f", best held-out top-1 {best['top1']:.2%} after step {best['step']}" if best else ""
-    say(f"{config.run_dir} is finished: {config.epochs} epochs, {total_steps} steps{accuracy}. "
+    full = f"{config.epochs} epochs" if config.limits.loss is None else f"a loss under {config.limits.loss:g}"
+    say(f"{config.run_dir} is finished: {full}, {step} steps{accuracy}. "
         f"To train longer, give the same command with more epochs (epochs={2 * config.epochs}).")

@@ -136,6 +136,7 @@ class LimitSection(Section):
 
     first_step: float = field(900.0, "free", "until the first step is done (compilers, autotuners)", gt=0.0)
     step: float = field(45.0, "free", "afterwards; never under ten times the slowest micro-batch so far", gt=0.0)
+    loss: float | None = field(None, "free", "finished once a logging window's mean loss is under this", gt=0.0)
     nonfinite: int = field(20, "free", "skipped updates in a row after which the run stops", ge=1)
 
 

@@ -172,7 +172,8 @@ class Trainer:
             loaded.append(start.state)
             if start.finished:
                 self.directory.confirm_finished(start)
-                say_finished(self.config, self.total_steps, start.state.best if start.state else None)
+                assert start.state is not None
+                say_finished(self.config, start.state.step, start.state.best)
             return replace(start, state=None)
 
         start = on_rank_0(self.world, work)
@@ -305,6 +306,8 @@ class Trainer:
             self.report.training(record, steps=steps, seconds=elapsed, steps_per_epoch=self.order.steps_per_epoch)
         self.window_began, self.waited_before = time.perf_counter(), loader.waited
         self._check_finite(summary.skipped_in_a_row)
+        if self.config.limits.loss is not None and summary.loss < self.config.limits.loss:
+            self.total_steps = step  # the same on all ranks, as the loss is
 
     def _check_finite(self, in_a_row: int) -> None:
         if in_a_row >= self.config.limits.nonfinite:
