@@ -369,6 +369,7 @@ class Trainer:
         state = replica.capture(self.place, step=self.step, window=self.window, fp16=self.config.amp == "fp16")
         self._check_finite(state.skipped_in_a_row)
         if self.report is not None:
+            self.watchdog.save_seconds = self.report.save_seconds
             self.report.save(state, improved=self.improved)
             self.report.status("running", place=self.place)
         self.saved_at, self.improved = (state.step, state.evaluated_step), False

@@ -71,6 +71,7 @@ class Watchdog:
         self._errors = run_dir / "errors"
         self._step_limit, self._first_limit, self._settled = step_limit, first_limit, False
         self._slowest = 0.0  # longest time between two ticks after the first step, seconds
+        self.save_seconds = 0.0  # what a save takes on this rank; a slow disk is no hang
         self._mark: Mark = (0, 0, 0)
         self._since = math.inf  # when the mark was set
         self._parent = os.getppid() if under_torchrun() else 0
@@ -97,7 +98,11 @@ class Watchdog:
 
     @property
     def _limit(self) -> float:
-        return max(self._step_limit, 10.0 * self._slowest) if self._settled else self._first_limit
+        """Seconds without a tick that are too many, at the stage this rank is in."""
+        if not self._settled:
+            return self._first_limit
+        slowest = max(self._slowest, self.save_seconds) if STAGES[self._mark[1]] == "save" else self._slowest
+        return max(self._step_limit, 10.0 * slowest)
 
     def close(self) -> None:
         self._done.set()
@@ -128,7 +133,7 @@ class Watchdog:
                 self.stalled(now - self._since)
 
     def _beat(self) -> None:
-        beat = json.dumps([self._mark, time.monotonic()])
+        beat = json.dumps([self._mark, time.monotonic(), self._limit])
         self._ask(lambda store: store.set(f"beat/{self._world.rank}", beat), otherwise=None)
 
     def _ask(self, question: Callable[[dist.Store], T], *, otherwise: T) -> T:
@@ -150,10 +155,16 @@ class Watchdog:
 
     # --- failing ------------------------------------------------------------------------------------------------
 
-    def stalled(self, seconds: float) -> NoReturn:
-        """No progress on this rank for `seconds`: names whoever is behind, and leaves."""
+    def stalled(self, seconds: float) -> None:
+        """No progress on this rank for `seconds`: names whoever is behind, and leaves.
+
+        Comes back only while this rank waits for one that may take longer where it is (rank 0, in a save).
+        """
         self._fail_for_the_lost_here()
         mark, marks = self._mark, self._marks()
+        limits = [json.loads(beat)[2] for rank, beat in self._beats().items() if marks.get(rank, mark) <= mark]
+        if seconds <= max(limits, default=0.0):
+            return
         if all(other <= mark for other in marks.values()):  # else this rank is behind, and knows best why
             self._fail_for_a_silent_one()
             behind = min(marks, key=lambda rank: marks[rank], default=self._world.rank)
