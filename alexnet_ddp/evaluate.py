@@ -48,13 +48,13 @@ class Evaluation:
 def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
     """Place of each label among its logits (0 = highest): int64 [n]. A tie goes to the lower class index.
 
-    A row with a NaN ranks its label last: a broken net is never right.
+    A row with a NaN ranks its label beyond any k, also with fewer than k classes: a broken net is never right.
     """
     own = logits.gather(1, labels[:, None])
     classes = torch.arange(logits.shape[1], device=logits.device)
     ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
     broken = torch.isnan(logits).any(1)
-    return torch.where(broken, logits.shape[1], ahead.sum(1))
+    return torch.where(broken, torch.iinfo(torch.int64).max, ahead.sum(1))
 
 
 def tiles_of(samples: int) -> int:

@@ -68,13 +68,15 @@ class MetricsFile:
     def flush(self, *, durable: bool = False) -> None:
         """Writes what waits; `durable` also waits for the disk (before a checkpoint that has seen it)."""
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                size = file.tell()
+            # Unbuffered: a buffer would write its rest at close(), after the lines that failed were cut off.
+            with self._path.open("ab", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                rest = memoryview("".join(line + "\n" for line in self._waiting).encode())
                 try:
-                    file.write("".join(line + "\n" for line in self._waiting))
-                    file.flush()
+                    while rest:
+                        rest = rest[file.write(rest) or 0:]
                 except OSError:
-                    os.truncate(self._path, size)  # no torn line in the middle of the file
+                    file.truncate(size)  # no torn line in the middle of the file
                     raise
                 self._waiting = []
                 if durable:
