@@ -62,10 +62,13 @@ def train(config: Config, *, requests: StopRequests, fresh: bool = False, accept
         if config.data.assignment == "owner":
             everywhere(world, lambda: check_owner(shards=config.data.shards, world=world.size))
         taken: list[RunDirectory] = []
-        on_rank_0(world, lambda: taken.append(RunDirectory(config, fresh=fresh)))
+
+        def take() -> None:
+            taken.append(RunDirectory(config, fresh=fresh))
+            watchdog.on_failure = taken[0].write_failed
+
+        on_rank_0(world, take)
         directory = taken[0] if taken else None
-        if directory is not None:
-            watchdog.on_failure = directory.write_failed
         check_shared(world, config.run_dir)
 
         trainer = Trainer(config, world, data, directory, watchdog=watchdog, requests=requests, started=started)

@@ -34,6 +34,7 @@ BEAT = 1.0  # seconds between two beats of a rank
 STALE = 3.5  # seconds without a new beat after which a rank counts as dead
 ORPHAN_GRACE = 15.0  # seconds a rank may still save in once its launcher is gone
 ANSWER = 5.0  # seconds the store may take to answer; it sits with rank 0 or its agent, which may be what has failed
+LAST_LINE = 0.5  # seconds in which the others print what they have begun, so that the failure comes last
 LAST_WORDS = 25.0  # seconds a failing rank may take to say why: the disk may be what has failed
 
 # What a rank does between two counts of the steps done, in order; in "gather" and "reduce" it waits for the others.
@@ -239,9 +240,12 @@ class Watchdog:
         if first == failure:
             with contextlib.suppress(OSError):  # a file system that refuses must not hide the failure itself
                 (self._errors / f"rank_{failure.rank}.json").write_text(json.dumps(asdict(failure), indent=1) + "\n")
+            time.sleep(LAST_LINE)
             if failure.detail and failure.told:
                 print(failure.detail, file=sys.stderr)
             print(failure.line(), file=sys.stderr, flush=True)
+        else:
+            time.sleep(2 * LAST_LINE)  # a launcher takes the rank that leaves first for the cause
         told.append(first)
         pid = self._world.pids[first.rank]
         if first.silent and pid and first.rank != self._world.rank:
