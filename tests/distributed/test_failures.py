@@ -1,0 +1,135 @@
+"""A rank that dies, hangs, raises or runs out of memory: the job is gone soon, and its last line says who and why."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import harness
+from alexnet_ddp.checkpoint import choose, store
+from twins import in_sessions
+
+GONE = 60.0  # seconds until nothing of a failed job is left
+QUICK = ["limits.step=3", "limits.first_step=20"]  # seconds without progress, so that a test needn't wait for 45
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("failures")
+    return harness.tiny_recipe(
+        folder, train=harness.make_images(folder / "train", samples=23),
+        val=harness.make_images(folder / "val", samples=200, seed=1), evaluate__batch=1)
+
+
+def fail(recipe: Path, name: str, *words: str, world: int = 3) -> harness.Result:
+    ranks = harness.start(["train", str(recipe), f"name={name}", *QUICK, *words], world=world)
+    result = ranks.wait(timeout=GONE)
+    assert in_sessions(ranks.pids) == [], "a process was left behind"
+    return result
+
+
+def check_told(result: harness.Result, run: Path, *, rank: int, step: int, cause: str, code: int = 1) -> dict[str, Any]:
+    """One line for all ranks, at the very end, with rank, host, step and cause; the same in errors/ and state.json."""
+    lines = result.output.strip().splitlines()
+    told = [line for line in lines if " failed at step " in line]
+    assert len(told) == 1 and told[0] == lines[-1], result.output
+    found = re.fullmatch(r"alexnet-ddp: rank (\d+) on (\S+) failed at step (\d+): (.*)", told[0])
+    assert found is not None, told[0]
+    assert int(found[1]) == rank and int(found[3]) == step and re.search(cause, found[4]), told[0]
+
+    (file,) = (run / "errors").glob("*.json")
+    error: dict[str, Any] = json.loads(file.read_text())
+    assert file.name == f"rank_{rank}.json"
+    assert (error["rank"], error["host"], error["step"]) == (rank, found[2], step)
+    assert {exit_code for exit_code in result.codes if exit_code != -9} == {code}, result.codes
+    if result.codes[0] != -9:  # rank 0 writes it
+        state = json.loads((run / "state.json").read_text())
+        assert state["status"] == "failed" and state["why"] == told[0]
+        assert not (run / "lease.json").exists()
+    return error
+
+
+def check_goes_on(recipe: Path, name: str) -> None:
+    """What was saved verifies, and the same command without the fault finishes the run."""
+    run = recipe.parent / "runs" / name
+    chosen = choose.choose(run / "checkpoints")
+    assert chosen.path is not None
+    store.verify(chosen.path)
+    result = harness.run(["train", str(recipe), f"name={name}"], world=3).check()
+    assert "exact: yes" in result.output
+    assert json.loads((run / "state.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize(("kind", "cause", "code"), [
+    ("kill", r"its process is gone \(killed, or out of memory\)", 1),
+    ("error", r"RuntimeError: this error was asked for", 1),
+    ("oom", r"out of memory with micro_batch=3, peak \d+ MB\. Set micro_batch=1; the global batch stays 10", 2),
+    ("hang", r"no progress for \d+ s in stage 'log'", 1),  # after the line of step 4
+])
+def test_one_of_three_ranks_fails(recipe: Path, kind: str, cause: str, code: int, rank: int) -> None:
+    """SIGKILL, an exception, out of memory, a hang on one of three ranks: named, all gone, the run can go on."""
+    name = f"{kind}{rank}"
+    result = fail(recipe, name, f"fault.kind={kind}", "fault.step=4", f"fault.rank={rank}")
+    error = check_told(result, recipe.parent / "runs" / name, rank=rank, step=4, cause=cause, code=code)
+    if kind == "hang":
+        assert "time.sleep(3600)" in error["detail"] and "time.sleep(3600)" in result.output  # where it hangs
+    if kind in ("kill", "oom"):
+        assert "Traceback" not in result.output
+    check_goes_on(recipe, name)
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_stopped_process_is_named_and_ended(recipe: Path, rank: int) -> None:
+    """SIGSTOP on one of three ranks (rank 0 hosts the store, too): named by the others, who don't leave it behind."""
+    name = f"stopped{rank}"
+    ranks = harness.start(["train", str(recipe), f"name={name}", *QUICK, "epochs=2000"], world=3)
+    ranks.wait_for("step 6/")
+    ranks.signal(signal.SIGSTOP, rank=rank)
+    result = ranks.wait(timeout=GONE)
+    step = int(re.findall(r"failed at step (\d+)", result.output)[0])
+    check_told(result, recipe.parent / "runs" / name, rank=rank, step=step, cause=r"its process is stopped \(SIGSTOP\)")
+    assert result.codes[rank] == -9
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_a_hang_in_an_evaluation(recipe: Path, rank: int) -> None:
+    """A rank that hangs within an evaluation is named, not one of those that wait for it."""
+    name = f"evaluation{rank}"
+    result = fail(recipe, name, "fault.kind=hang", "fault.at=evaluate", "fault.step=3", f"fault.rank={rank}")
+    check_told(result, recipe.parent / "runs" / name, rank=rank, step=3,
+               cause=r"no progress for \d+ s in stage 'evaluate'")
+    check_goes_on(recipe, name)
+
+
+def test_an_error_in_an_evaluation_and_one_in_a_save(recipe: Path) -> None:
+    """Exceptions at the other places where ranks wait for each other end the job as quickly."""
+    result = fail(recipe, "evaluation_error", "fault.kind=error", "fault.at=evaluate", "fault.step=3", "fault.rank=1")
+    check_told(result, recipe.parent / "runs" / "evaluation_error", rank=1, step=3, cause="RuntimeError")
+    result = fail(recipe, "save_error", "fault.kind=error", "fault.at=save", "fault.step=3", "fault.rank=0")
+    check_told(result, recipe.parent / "runs" / "save_error", rank=0, step=3, cause="RuntimeError")
+    check_goes_on(recipe, "save_error")
+
+
+def test_a_rank_that_dies_while_setting_up(recipe: Path) -> None:
+    """SIGKILL before the first step, while the others wait in the set-up: still one line that names the rank."""
+    ranks = harness.start(["train", str(recipe), "name=early", *QUICK, "model.width=1"], world=3)
+    while not (recipe.parent / "runs" / "early" / "lease.json").exists():  # making so large a net takes a second
+        time.sleep(0.01)
+    ranks.signal(signal.SIGKILL, rank=2)
+    result = ranks.wait(timeout=GONE)
+    check_told(result, recipe.parent / "runs" / "early", rank=2, step=0, cause="its process is gone")
+
+
+def test_all_ranks_out_of_memory_at_once(recipe: Path) -> None:
+    """Every rank fails in the same step: still one line, and one way out."""
+    result = fail(recipe, "all_oom", "fault.kind=oom", "fault.step=4", "fault.rank=-1")
+    told = [line for line in result.output.splitlines() if " failed at step 4: out of memory" in line]
+    assert len(told) == 1 and result.codes == [2, 2, 2]
+    assert len(list((recipe.parent / "runs" / "all_oom" / "errors").glob("*.json"))) == 1
