@@ -363,6 +363,17 @@ def _show(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+def stored(tree: dict[str, Any]) -> Config:
+    """The recipe of a checkpoint, which may be older than this code: fields that are gone are passed over."""
+    known: dict[str, Any] = {}
+    for path, _ in fields():
+        section, _, name = path.rpartition(".")
+        here = tree.get(section, {}) if section else tree
+        if name in here:
+            (known.setdefault(section, {}) if section else known)[name] = here[name]
+    return Config.model_validate(known)
+
+
 def differences(before: dict[str, Any], now: Config) -> list[Change]:
     """What changed against a stored recipe (a plain tree), each with its effect on resume.
 

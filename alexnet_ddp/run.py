@@ -141,7 +141,7 @@ def check_shared(world: World, run_dir: Path) -> None:
 def check_recipe(lineage: dict[str, Any], config: Config, *, order: Order, done: int, accept: bool) -> list[str]:
     """Reasons why the resumed run won't be bit-equal, from changed fields. Raises UserError for a refused change."""
     changes = recipes.differences(lineage["recipe"], config)
-    before = recipes.Config.model_validate(lineage["recipe"]) if changes else config
+    before = recipes.stored(lineage["recipe"]) if changes else config
     refused = [change for change in changes if change.effect == "order"
                and not (change.path == "epochs" and _same_rates(before, config, order=order, done=done))]
     fixed = [change for change in refused
