@@ -36,7 +36,6 @@ class Window:
         self._rows = torch.zeros(steps, 3, dtype=torch.float64, device=device)
         self._norm = torch.zeros((), device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # skipped, skipped in a row
-        self._ones = torch.ones(2, dtype=torch.int64, device=device)
         self.filled = 0  # rows closed
 
     @property
