@@ -56,8 +56,12 @@ def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], environment: dic
 CLASSES, SIZE, SAMPLES = 4, 64, 26  # by 10: two whole batches and one of 6
 
 
-def train_in_float64(world: Any, steps: int, micro_batch: int) -> tuple[list[float], dict[str, Any], list[int]]:
-    """Steps of the package's own step on a float64 net: (loss of each step, last weights, updates skipped)."""
+def train_in_float64(world: Any, steps: int, micro_batch: int, inf_at: tuple[int, int] = (-1, -1)
+                     ) -> tuple[list[float], dict[str, Any], list[int]]:
+    """Steps of the package's own step on a float64 net: (loss of each step, last weights, updates skipped).
+
+    At `inf_at`, (step, rank), one pixel of one sample is infinite.
+    """
     import torch
 
     from alexnet_ddp.data.loader import micro_batches
@@ -78,14 +82,17 @@ def train_in_float64(world: Any, steps: int, micro_batch: int) -> tuple[list[flo
         mine = order.batch(number)[order.part(number, rank=world.rank, world=world.size)]
         cuts = micro_batches(mine, micro_batch)
         rows = torch.from_numpy(dropout_rows(mine, seed=1, step=number))
-        step((MicroBatch(pixels[mine[cut]], labels[mine[cut]], rows[cut], cut is cuts[-1]) for cut in cuts),
+        shown = pixels[mine]
+        if inf_at == (number, world.rank):
+            shown[0, 0, SIZE // 2, SIZE // 2] = float("inf")
+        step((MicroBatch(shown[cut], labels[mine[cut]], rows[cut], cut is cuts[-1]) for cut in cuts),
              lr=0.02, planned=order.plan(number).count, window=window)
         losses.append(window.summary().loss)
     return losses, {name: tensor.numpy() for name, tensor in net.state_dict().items()}, list(window.counts())
 
 
-def train_by_the_formula(steps: int) -> tuple[list[float], dict[str, Any]]:
-    """The same in plain torch: whole batches, mean loss, no DDP, SGD by hand. Runs in the calling process."""
+def train_by_the_formula(steps: int, *, skip: int = -1) -> tuple[list[float], dict[str, Any]]:
+    """The same in plain torch: whole batches, mean loss, no DDP, SGD by hand; step `skip` moves nothing."""
     import torch
     import torch.nn.functional as F
 
@@ -104,6 +111,8 @@ def train_by_the_formula(steps: int) -> tuple[list[float], dict[str, Any]]:
         loss = F.cross_entropy(net(pixels[samples]), labels[samples])  # the mean over the whole global batch
         loss.backward()
         losses.append(loss.item())
+        if number == skip:
+            continue
         with torch.no_grad():
             for name, parameter in net.named_parameters():
                 assert parameter.grad is not None
