@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -34,12 +35,7 @@ class StopRequests:
             number = getattr(signal, f"SIG{name}")
             if not (name == "HUP" and signal.getsignal(number) == signal.SIG_IGN):
                 signal.signal(number, self._handle)
-        # Python runs a handler only once the main thread is back from the library it is in, which may be never;
-        # the number of the signal is written into this pipe at once.
-        numbers, wakeup = os.pipe()
-        os.set_blocking(wakeup, False)
-        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        threading.Thread(target=_quit_on_second_interrupt, args=(numbers,), name="interrupts", daemon=True).start()
+        quit_on_second_interrupt()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, f"SIG{name}") for name in SIGNALS])
         return self
 
@@ -65,12 +61,24 @@ class StopRequests:
         return ""
 
 
-def _quit_on_second_interrupt(numbers: int) -> None:
-    """A thread's work: reads signal numbers (one byte each) and leaves hard, saving nothing, on the second INT."""
-    interrupts = 0
-    while interrupts < 2:
-        interrupts += os.read(numbers, 16).count(signal.SIGINT)
-    os._exit(EXIT_INTERRUPTED)
+def quit_on_second_interrupt(last_act: Callable[[], None] = lambda: None) -> None:
+    """From now on the second INT makes this process leave at once, saving nothing, after `last_act`.
+
+    Python runs a handler only once the main thread is back from the library it is in, which may be never; the number
+    of the signal is written into this pipe at once, and a thread reads it.
+    """
+    numbers, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += os.read(numbers, 16).count(signal.SIGINT)
+        last_act()
+        os._exit(EXIT_INTERRUPTED)
+
+    threading.Thread(target=watch, name="interrupts", daemon=True).start()
 
 
 def deadline_from(*, limit: float | None, started: float, environment: dict[str, str] | None = None) -> float | None:

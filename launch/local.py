@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 import uuid
 from pathlib import Path
 
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
-from alexnet_ddp.stop import SIGNALS
+from alexnet_ddp.stop import SIGNALS, quit_on_second_interrupt
 
 SHUTDOWN = 600  # seconds the ranks may take to save once a stop signal was passed on
 
@@ -28,7 +30,8 @@ def ranks_wanted(text: str) -> int:
 def launch(arguments: list[str], *, ranks: int, run_dir: Path) -> int:
     """Runs `alexnet-ddp ARGUMENTS` on `ranks` ranks of this machine and returns the run's exit code.
 
-    Stop signals reach the ranks, which save and leave; no port is fixed, so several runs fit on one machine.
+    Stop signals reach the ranks, which save and leave, but a second Ctrl-C ends all at once; no port is fixed, so
+    several runs fit on one machine.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -41,6 +44,7 @@ def launch(arguments: list[str], *, ranks: int, run_dir: Path) -> int:
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, shutdown_timeout=SHUTDOWN,
         signals_to_handle=",".join(f"SIG{name}" for name in SIGNALS))
+    quit_on_second_interrupt(_kill_ranks)
     try:
         elastic_launch(agent, sys.executable)("-u", "-m", "alexnet_ddp", *arguments)
     except ChildFailedError as failed:
@@ -50,3 +54,12 @@ def launch(arguments: list[str], *, ranks: int, run_dir: Path) -> int:
         pass  # passed on to the ranks, which have left by now; state.json says whether in good order
     status = read_state(run_dir).get("status")
     return {"finished": EXIT_FINISHED, "preempted": EXIT_STOPPED}.get(str(status), EXIT_FAILED)
+
+
+def _kill_ranks() -> None:
+    """Ends the ranks, the only children of this process, hard."""
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # any process may end while we look
+            parent = place.read_text(errors="replace").rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid():
+                os.kill(int(place.parent.name), signal.SIGKILL)
