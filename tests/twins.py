@@ -36,6 +36,9 @@ RECIPE: dict[str, Any] = {
     "augment__color_jitter": [0.2, 0.2, 0.2, 0.1], "checkpoint__steps": 3, "evaluate__epochs": 2,
     "evaluate__batch": 1, "log__steps": 4,
 }
+# Long enough (200 steps, some seconds) to be met in mid-run by a signal from outside.
+LONG: dict[str, Any] = {"epochs": 40, "evaluate__epochs": 20, "checkpoint__epochs": None, "checkpoint__steps": 20,
+                        "log__steps": 8}
 SAMPLES, HELD_OUT = 47, 130  # five steps an epoch; five tiles, so that each of 2 or 3 ranks has several turns
 
 
