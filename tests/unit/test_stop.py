@@ -34,7 +34,7 @@ os.write(1, requests.cause().encode() + b"\\n")
 
 
 class Listener:
-    """A process that runs `before`, installs the handlers when told to, says the cause when there is one, and again when told to."""
+    """A process that runs `before`, installs the handlers when told to, says the cause, and says it again when told."""
 
     def __init__(self, before: str) -> None:
         self._process = subprocess.Popen([sys.executable, "-c", LISTENER, before], bufsize=0,

@@ -1,0 +1,159 @@
+"""A changed recipe or data set at a resume: what is accepted, what is said, what is refused and with which ways out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alexnet_ddp import config as recipes
+from alexnet_ddp.config import Config
+from alexnet_ddp.data.order import Order
+from alexnet_ddp.errors import UserError
+from alexnet_ddp.run import RunDirectory, check_data, check_recipe, read_state
+
+ORDER = Order(1000, global_batch=10, seed=0, shards=4, identity="ab" * 32)  # 100 steps an epoch
+
+
+def recipe(**changes: Any) -> Config:
+    tree: dict[str, Any] = {"name": "a", "data": {"train": "/x"}, "epochs": 5,
+                            "schedule": {"name": "step", "step_epochs": 2}}
+    return recipes.build(recipes.apply_overrides(tree, [f"{name.replace('__', '.')}={value}"
+                                                        for name, value in changes.items()]))
+
+
+def lineage(config: Config) -> dict[str, Any]:
+    """As a checkpoint holds it: through JSON."""
+    return {"recipe": json.loads(json.dumps(config.model_dump(mode="json")))}
+
+
+def checked(before: Config, now: Config, *, done: int = 250, accept: bool = False) -> list[str]:
+    return check_recipe(lineage(before), now, order=ORDER, done=done, accept=accept)
+
+
+def test_the_same_recipe_is_exact() -> None:
+    """An unchanged recipe gives no reason against bit-equality, also after its way through YAML and JSON."""
+    config = recipe()
+    assert checked(config, config) == []
+    again = recipes.build(recipes.yaml.safe_load(recipes.dump(config)))
+    assert checked(config, again) == []
+
+
+@pytest.mark.parametrize("change", ["runs=/r", "data.threads=3", "checkpoint.minutes=1", "evaluate.batch=9",
+                                    "deadline=4h", "data.train=/moved", "log.tensorboard=false", "limits.step=9"])
+def test_free_changes_are_silent(change: str) -> None:
+    """Fields that move no bit are accepted without a word."""
+    path, _, value = change.partition("=")
+    assert checked(recipe(), recipe(**{path: value})) == []
+
+
+@pytest.mark.parametrize("change", ["micro_batch=7", "amp=bf16", "data.decoder=pillow", "torch_threads=2",
+                                    "data.assignment=owner"])
+def test_bits_changes_are_said(change: str) -> None:
+    """Fields that move rounding are accepted, and named as the reason why the attempt isn't exact."""
+    path, _, value = change.partition("=")
+    why, = checked(recipe(), recipe(**{path: value}))
+    assert why.startswith(f"{path}: ")
+    assert why.endswith(f"-> {value}")
+
+
+@pytest.mark.parametrize("change", ["optim.lr=0.5", "seed=1", "augment.flip=0", "data.shards=8", "clip_norm=1",
+                                    "schedule.gamma=0.5", "data.stored=raw256"])
+def test_order_changes_are_refused(change: str) -> None:
+    """Fields that make another experiment are refused with the difference and three ways out; accepted when told to."""
+    path, _, value = change.partition("=")
+    before, now = recipe(), recipe(**{path: value})
+    with pytest.raises(UserError) as error:
+        checked(before, now)
+    for word in (f"{path}: ", f"-> {value}", "name=a_2", "--fresh", "--accept-changes"):
+        assert word in str(error.value)
+    why, = checked(before, now, accept=True)
+    assert why.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("change", ["global_batch=20", "model.width=0.5", "model.num_classes=7"])
+def test_the_net_and_the_batch_are_fixed(change: str) -> None:
+    """What a checkpoint can't be carried over isn't accepted, whatever flag is given, and the flag isn't offered."""
+    path, _, value = change.partition("=")
+    with pytest.raises(UserError) as error:
+        checked(recipe(), recipe(**{path: value}), accept=True)
+    assert f"{path}: " in str(error.value)
+    assert "--accept-changes" not in str(error.value)
+
+
+def test_all_refused_changes_are_listed() -> None:
+    """Every refused field is told at once; free and bits changes beside them are not."""
+    with pytest.raises(UserError) as error:
+        checked(recipe(), recipe(optim__lr=0.5, seed=1, micro_batch=7, runs="/r"))
+    assert "optim.lr: 0.01 -> 0.5" in str(error.value)
+    assert "seed: 0 -> 1" in str(error.value)
+    assert "micro_batch" not in str(error.value)
+    assert "runs" not in str(error.value)
+
+
+def test_training_longer() -> None:
+    """Other epochs are accepted, exactly, while all rates used so far are the same; a begun cosine is refused."""
+    assert checked(recipe(), recipe(epochs=50)) == []
+    assert checked(recipe(schedule__name="constant"), recipe(schedule__name="constant", epochs=2)) == []
+    cosine = {"schedule__name": "cosine", "schedule__warmup_epochs": 1}
+    assert checked(recipe(**cosine), recipe(**cosine, epochs=50), done=101) == []  # in the warmup, and the peak
+    with pytest.raises(UserError, match="epochs: 5 -> 50"):
+        checked(recipe(**cosine), recipe(**cosine, epochs=50), done=102)
+    assert checked(recipe(**cosine), recipe(**cosine, epochs=50), accept=True) == ["epochs: 5 -> 50"]
+
+
+def test_older_recipes() -> None:
+    """In a recipe of another version a lacking field has its default, and one that is gone is passed over."""
+    old = lineage(recipe())
+    del old["recipe"]["optim"]["nesterov"], old["recipe"]["limits"]
+    old["recipe"]["optim"]["forgotten"], old["recipe"]["gone"] = 3, {"away": 1}
+
+    def check(now: Config) -> list[str]:
+        return check_recipe(old, now, order=ORDER, done=250, accept=False)
+
+    assert check(recipe()) == []
+    assert check(recipe(micro_batch=7)) == ["micro_batch: 128 -> 7"]
+    assert check(recipe(epochs=50)) == []
+    with pytest.raises(UserError, match="optim.nesterov: False -> True"):
+        check(recipe(optim__nesterov="true"))
+
+
+def test_other_training_data_are_refused() -> None:
+    """Other names or labels in data.train are refused by fingerprint; other validation data are not."""
+    was = {"identities": {"train": "a" * 64, "val": "b" * 64}}
+    assert check_data(was, {"train": "a" * 64, "val": "c" * 64}) == []
+    with pytest.raises(UserError, match=r"data\.train holds other samples") as error:
+        check_data(was, {"train": "c" * 64, "val": "b" * 64})
+    assert "aaaaaaaaaaaa" in str(error.value)
+    assert "cccccccccccc" in str(error.value)
+
+
+def test_state_json(tmp_path: Path) -> None:
+    """state.json keeps what it knew, is replaced in one piece, and one that can't be read counts as none."""
+    config = recipe(runs=str(tmp_path))
+    directory = RunDirectory(config, fresh=False)
+    directory.write_state("running", step=3, best=None)
+    directory.write_state("preempted", why="USR1")
+    directory.close()
+    state = read_state(config.run_dir)
+    assert (state["status"], state["why"], state["step"]) == ("preempted", "USR1", 3)
+    assert [file.name for file in config.run_dir.iterdir() if ".new" in file.name or ".tmp" in file.name] == []
+    for text in ("", "{", "[]", '"word"'):
+        (config.run_dir / "state.json").write_text(text)
+        assert read_state(config.run_dir) == {}
+    assert read_state(tmp_path / "none") == {}
+
+
+def test_fresh_keeps_the_old_run(tmp_path: Path) -> None:
+    """--fresh renames a directory that has checkpoints, again and again, and deletes nothing; an empty one stays."""
+    config = recipe(runs=str(tmp_path))
+    for number in range(3):
+        directory = RunDirectory(config, fresh=True)
+        (config.run_dir / "checkpoints" / "step_00000000").mkdir(parents=True)
+        (config.run_dir / "mark").write_text(str(number))
+        directory.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.old-1", "a.old-2"]
+    assert [(tmp_path / name / "mark").read_text() for name in ("a.old-1", "a.old-2", "a")] == ["0", "1", "2"]
+    directory = RunDirectory(config, fresh=False)
+    directory.close()
+    assert (config.run_dir / "mark").read_text() == "2"
