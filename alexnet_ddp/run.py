@@ -58,6 +58,8 @@ class RunDirectory:
             say(f"--fresh: the old run was kept as {aside}")
             self._lease = self._acquire()
         self.known = read_state(self.path)
+        if not isinstance(self.known.get("attempt"), int):
+            self.known["attempt"] = 0
 
     def _acquire(self) -> Lease:
         return Lease.acquire(self.path, job=self._job, restart=self._restart, log=say)
@@ -93,7 +95,7 @@ class RunDirectory:
              accept_changes: bool) -> Start:
         """Chooses what to go on from and checks that it may. Raises UserError."""
         choice = choose.choose(self.path / "checkpoints")
-        start = Start(attempt=int(self.known.get("attempt", 0)) + 1)
+        start = Start(attempt=self.known["attempt"] + 1)
         if choice.warning:
             start.notes.append(choice.warning)
         if choice.path is None:

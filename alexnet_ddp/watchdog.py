@@ -1,6 +1,6 @@
 """Ends a job in bounded time when a rank dies or hangs, and says which rank, on which host, at which step, and why.
 
-Every rank has one watch thread. It publishes the rank's progress to the job's store once a second, and leaves hard
+Every rank has one watch thread. It publishes the rank's progress to the job's store twice a second, and leaves hard
 (no waiting in collectives that will never end) when this rank makes no progress for too long, or when its launcher is
 gone. The first rank to fail says so for all; the others leave quietly, with its exit code.
 """
@@ -30,11 +30,11 @@ from alexnet_ddp.stop import StopRequests
 
 T = TypeVar("T")
 
-BEAT = 1.0  # seconds between two beats of a rank
+BEAT = 0.5  # seconds between two beats of a rank
 STALE = 3.5  # seconds without a new beat after which a rank counts as dead
 ORPHAN_GRACE = 15.0  # seconds a rank may still save in once its launcher is gone
 ANSWER = 5.0  # seconds the store may take to answer; it sits with rank 0 or its agent, which may be what has failed
-LAST_LINE = 0.5  # seconds in which the others print what they have begun, so that the failure comes last
+LAST_LINE = 0.8  # seconds in which the others learn of it and print what they have begun: the failure comes last
 LAST_WORDS = 25.0  # seconds a failing rank may take to say why: the disk may be what has failed
 
 # What a rank does between two counts of the steps done, in order; in "gather" and "reduce" it waits for the others.
@@ -130,6 +130,8 @@ class Watchdog:
             if now >= next_beat:
                 next_beat = now + BEAT
                 self._beat()
+                if self._told_by_another():  # a collective may wait for it for ever, rather than break
+                    self.fail(self._mine("another rank failed"))
             if now - self._since > self._limit:
                 self.stalled(now - self._since)
 
@@ -282,7 +284,10 @@ class Watchdog:
         return failure
 
     def _claimed(self) -> bool:
-        return self._ask(lambda store: store.check(["failed"]), otherwise=False) or self._claim_file.exists()
+        return self._told_by_another() or self._claim_file.exists()
+
+    def _told_by_another(self) -> bool:
+        return self._ask(lambda store: store.check(["failed"]), otherwise=False)
 
     @property
     def _claim_file(self) -> Path:

@@ -42,8 +42,8 @@ class Data:
 
 def open_data(config: Config) -> Data:
     """Opens the indexes and checks them against each other and against the net. Raises UserError."""
-    train = open_index(config.data.train)
-    val = open_index(config.data.val) if config.data.val else None
+    train = _open("data.train", config.data.train)
+    val = _open("data.val", config.data.val) if config.data.val else None
     if val is not None:
         check_pair(train, val)
     if len(train.classes) != config.model.num_classes:
@@ -57,6 +57,13 @@ def open_data(config: Config) -> Data:
     order = Order(samples, global_batch=config.global_batch, seed=config.seed, shards=config.data.shards,
                   identity=train.identity)
     return Data(train, val, order, ids)
+
+
+def _open(key: str, place: str) -> Index:
+    try:
+        return open_index(place)
+    except UserError as error:
+        raise UserError(f"{key}={error}") from None
 
 
 def training_view(section: AugmentSection, draws: Draws | None, row: int) -> ChooseView:
