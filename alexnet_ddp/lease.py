@@ -124,7 +124,7 @@ class Lease:
                     return cls(path, holder=me, file=file)
         except OSError as error:
             raise UserError(
-                f"the run directory {path.parent} can't be used: {error.strerror} ({error.filename}).\n"
+                f"the run directory {path.parent} can't be used: {error.strerror} ({error.filename or path}).\n"
                 "Choose a place that can be written and has hard links: runs=... is the folder of all runs."
             ) from None
 

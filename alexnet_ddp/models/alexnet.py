@@ -216,6 +216,6 @@ def require_features(image_size: int, *, first_padding: int) -> int:
         smallest = next(s for s in itertools.count(1) if feature_size(s, first_padding=first_padding) > 0)
         raise UserError(
             f"AlexNet needs images of at least {smallest} pixels, or its pools leave nothing; "
-            f"got {image_size}.\nUse image_size={smallest} or more, in a recipe augment.size (64 is quick, 224 is the usual)."
+            f"got {image_size}.\nUse image_size={smallest} or more, in a recipe augment.size (224 is the usual)."
         )
     return size
