@@ -28,7 +28,8 @@ On N GPUs:   torchrun --standalone --nproc-per-node=N -m alexnet_ddp train CONFI
         or   alexnet-ddp train CONFIG --nproc-per-node N
 
 Exit codes: 0 finished, 75 stopped and resumable, 2 user error, 1 failed, 130 second Ctrl-C. A bare torchrun
-turns every code but 0 into 1; so under it a stop exits 0, and state.json in the run directory is the truth.
+turns every code but 0 into 1; so under it a rank that stops exits 0, and state.json in the run directory is the
+truth (a signal to torchrun itself reaches the ranks, which save; torchrun then exits 1).
 
 alexnet-ddp COMMAND --help says more."""
 
@@ -79,7 +80,8 @@ def train(words: list[str]) -> int:
 
     overrides = [*options.overrides]
     if options.overfit is not None:
-        overrides += overfit(options.overfit, recipes.load(options.config, overrides).name)
+        # What the user asks for comes last, and wins.
+        overrides = overfit(options.overfit, recipes.load(options.config, overrides).name) + overrides
     config = recipes.load(options.config, overrides)
     fresh = options.fresh or options.overfit is not None
     if options.print_config:
@@ -121,7 +123,7 @@ def overfit(samples: int, name: str) -> list[str]:
             "epochs=300", "model.dropout=0", "optim.weight_decay=0", "augment.crop=center", "augment.flip=0",
             "augment.rotation=0", "augment.color_jitter=[0,0,0,0]", "augment.pca_lighting=0",
             "schedule.name=constant", "schedule.warmup_epochs=0", "log.steps=10", "checkpoint.epochs=null",
-            f"limits.loss={OVERFIT_LOSS}"]
+            "clip_norm=1", f"limits.loss={OVERFIT_LOSS}"]
 
 
 def overfit_verdict(run_dir: Path, samples: int) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from alexnet_ddp import config as recipes
@@ -21,6 +23,7 @@ from alexnet_ddp.run import RunDirectory, Start
 from alexnet_ddp.sinks import say
 from alexnet_ddp.stop import STOP_FILE
 
+STRAGGLE = 0.2  # share of the time that a rank may wait for data before it is named
 PATIENCE = 200  # steps in which any net may stand at chance
 
 
@@ -46,13 +49,14 @@ class Report:
             directory.write_state(
                 "running", exact=start.exact, why_not_exact=start.why_not_exact, step=place["step"],
                 epoch=place["epoch"], total_steps=total_steps, attempt=start.attempt, best=place["best"],
-                world_size=world.size, host=world.host, pid=os.getpid(), last_checkpoint=start.resumed_from)
+                decoder=lineage["decoder"], world_size=world.size, host=world.host, pid=os.getpid(), last_checkpoint=start.resumed_from)
         except OSError as error:
             raise UserError(f"The run directory {run_dir} can't be written: {error.strerror or error}. "
                             "Choose another with runs=...") from None
         self.writer = Writer(run_dir / "checkpoints", keep=config.checkpoint.keep, attempt=start.attempt,
                              lineage=lineage, guard=directory.guard, log=say)
         self._console = sinks.Console(total_steps=total_steps)
+        self._hosts, self._waited = world.hosts, ()  # type: tuple[str, ...], Sequence[float]
         self._saved = time.monotonic()  # when the last save began
         self._asked = False  # for a save, of all ranks
 
@@ -61,19 +65,24 @@ class Report:
         config, start = self._config, self._start
         for note in start.notes:
             say(note)
-        say(f"{config.run_dir}: {config.model.name}, {parameters:,} parameters, {len(data.train):,} images in "
-            f"{len(data.train.classes)} classes; {world.size} ranks on {world.nodes} node(s), {device}; "
-            f"global batch {config.global_batch} (at most {largest_part(config, world=world.size)} a forward)")
+        images = f"{data.order.samples:,} images"
+        if data.train_ids is not None:
+            images += f" of {len(data.train):,} (data.limit)"
+        say(f"{config.run_dir}: {config.model.name}, {parameters:,} parameters, {images} in "
+            f"{len(data.train.classes)} classes; {_count(world.size, 'rank')} on {_count(world.nodes, 'node')}, "
+            f"{device}; global batch {config.global_batch} (at most {largest_part(config, world=world.size)} a forward)")
         if start.resumed_from:
             exact = "exact: yes" if start.exact else f"exact: no, because {start.why_not_exact}"
             say(f"attempt {start.attempt} goes on at step {step} of {self._total} from {start.resumed_from} ({exact})")
 
     # --- metrics ------------------------------------------------------------------------------------------------
 
-    def training(self, record: dict[str, Any], *, steps: int, seconds: float, steps_per_epoch: int) -> None:
-        """A logging window of `steps` steps that took `seconds`."""
+    def training(self, record: dict[str, Any], *, steps: int, seconds: float, steps_per_epoch: int,
+                 waited: Sequence[float]) -> None:
+        """A logging window of `steps` steps that took `seconds`; `waited`: seconds by rank, since the start."""
         self._write({"kind": "train", **record})
         self._console.train(record, seconds_per_step=seconds / steps)
+        self._name_straggler(waited, seconds=seconds)
         chance = math.log(self._config.model.num_classes)
         patience = max(steps_per_epoch / 2, PATIENCE)
         if record["step"] - steps < patience <= record["step"] and abs(record["loss"] - chance) < 0.02:
@@ -81,6 +90,16 @@ class Report:
                 f"alexnet-ddp: warning: after {record['step']} steps the loss is still {record['loss']:.3f}, that of "
                 f"guessing (ln {self._config.model.num_classes} = {chance:.3f}). A learning rate too high or too low "
                 f"does that (optim.lr={self._config.optim.lr:g}), and so do wrong labels. Try --overfit 64 first.")
+
+    def _name_straggler(self, waited: Sequence[float], *, seconds: float) -> None:
+        """One rank that waits for its data far longer than the others holds all of them up."""
+        shares = [(now - before) / seconds for now, before in zip(waited, self._waited or waited, strict=True)]
+        self._waited = waited
+        if len(shares) > 1 and max(shares) > max(STRAGGLE, 2.0 * statistics.median_low(shares)):
+            slow = shares.index(max(shares))
+            self._console.line(f"alexnet-ddp: rank {slow} on {self._hosts[slow]} waited for data {shares[slow]:.0%} of "
+                               f"the time, the others about {statistics.median_low(shares):.0%}: its storage or its "
+                               "cores hold all ranks up.")
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self._write({"kind": "evaluate", **record})
@@ -145,7 +164,7 @@ class Report:
                 "The same command goes on from there.")
         else:
             self.status("finished", place=place)
-            say_finished(self._config, place["step"], place["best"])
+            say_finished(self._config, place["step"], place["best"], planned=self._total)
 
     def fail(self, why: str, *, place: dict[str, Any]) -> None:
         """The job is failing: a save under way is finished, and state.json says why."""
@@ -155,8 +174,15 @@ class Report:
         self._directory.close()
 
 
-def say_finished(config: Config, step: int, best: dict[str, Any] | None) -> None:
+def say_finished(config: Config, step: int, best: dict[str, Any] | None, *, planned: int) -> None:
+    """That a run is over, how good it is, and how to train longer where that is the same experiment."""
     accuracy = f", best held-out top-1 {best['top1']:.2%} after step {best['step']}" if best else ""
-    full = f"{config.epochs} epochs" if config.limits.loss is None else f"a loss under {config.limits.loss:g}"
-    say(f"{config.run_dir} is finished: {full}, {step} steps{accuracy}. "
-        f"To train longer, give the same command with more epochs (epochs={2 * config.epochs}).")
+    full = f"{config.epochs} epochs, {step} steps" if step >= planned else f"limits.loss reached after {step} steps"
+    longer = (f"To train longer, give the same command with more epochs (epochs={2 * config.epochs})."
+              if config.schedule.name != "cosine" else
+              "A cosine ends with its run: to train longer, start another (name=..., epochs=...).")
+    say(f"{config.run_dir} is finished: {full}{accuracy}. {longer}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

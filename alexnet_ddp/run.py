@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from alexnet_ddp.sinks import say
 from alexnet_ddp.watchdog import Failure
 
 STATE = "state.json"
+TOLD_BY_THE_RECIPE = ("micro_batch", "assignment", "amp", "deterministic")  # of the numeric fingerprint
 
 
 @dataclass
@@ -105,10 +106,14 @@ class RunDirectory:
         start.attempt = max(start.attempt, int(lineage["attempt"]) + 1)
         why = check_recipe(lineage, config, order=order, done=start.state.step, accept=accept_changes)
         why += check_data(lineage, identities)
+        if lineage["identities"]["val"] != identities["val"] and start.state.best is not None:
+            start.notes.append("data.val holds other samples than before: accuracies of before can't be compared with "
+                               "those to come, and the best begins anew")
+            start.state = replace(start.state, best=None)
         if not lineage["exact"]:
             why.insert(0, "an earlier attempt was not")
         why += [f"{name} {lineage['numeric'].get(name)} -> {now}" for name, now in numeric.items()
-                if lineage["numeric"].get(name) != now]
+                if lineage["numeric"].get(name) != now and name not in TOLD_BY_THE_RECIPE]
         if numeric["device"] != "cpu" and not config.deterministic:
             why.append("deterministic=false on a GPU")
         start.exact, start.why_not_exact = not why, "; ".join(dict.fromkeys(why))
@@ -169,13 +174,16 @@ def _same_rates(before: Config, now: Config, *, order: Order, done: int) -> bool
 
 
 def check_data(lineage: dict[str, Any], identities: dict[str, str]) -> list[str]:
-    """Raises UserError when the training data are others than the run's; says so of the validation data."""
+    """Whether the data are those of the run. Raises UserError when the training data are others.
+
+    Other validation data move no weight, but the metrics: the attempt is not exact.
+    """
     before = lineage["identities"]
     if before["train"] != identities["train"]:
         raise UserError("data.train holds other samples than this run was started with (names or labels differ): "
                         f"fingerprint {identities['train'][:12]}, the run's is {before['train'][:12]}. "
                         "Bring back the data, or give the new run a name of its own (name=...).")
-    return []
+    return ["data.val holds other samples"] if before["val"] != identities["val"] else []
 
 
 def lineage_of(config: Config, *, start: Start, numeric: dict[str, Any], identities: dict[str, str],

@@ -66,7 +66,7 @@ class DataSection(Section):
         "original", "order", "deterministic stage before augmentation: short256 is short side 256 as JPEG "
         "quality 90, raw256 its central 256 x 256 pixels")
     decoder: Literal["auto", "simplejpeg", "pillow"] = field(
-        "auto", "bits", "chosen and pinned at the run's first start")
+        "auto", "bits", "auto: the quickest that is installed, kept for the whole run")
     cache: Literal["none"] = field("none", "free", "where decoded records are kept")
     on_error: Literal["fail"] = field("fail", "order", "a damaged image ends the run, named")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = field(
@@ -128,7 +128,7 @@ class LogSection(Section):
     steps: int = field(50, "bits", "steps between two metric records: the length of the averaging window", ge=1)
     tensorboard: bool = field(True, "free", "write TensorBoard scalars beside metrics.jsonl")
     sync_debug: bool = field(False, "free", "CUDA: a step that waits for the device raises (torch's sync debug mode)")
-    trace: bool = field(False, "free", "write sample ids and crop boxes of every step to trace.jsonl")
+    trace: bool = field(False, "free", "write sample ids and crop boxes of every step to trace/rank_N.jsonl")
 
 
 class LimitSection(Section):

@@ -117,7 +117,15 @@ class TensorBoard:
 
 def say(text: str) -> None:
     """A line of the program's own, once: rank 0 calls it."""
-    print(f"alexnet-ddp: {text}", flush=True)
+    show(f"alexnet-ddp: {text}")
+
+
+def show(text: str, *, end: str = "\n") -> None:
+    """Prints; a reader that has gone (a closed pipe, a lost terminal) must not end a run."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for the rest of the process
 
 
 class Console:
@@ -134,9 +142,9 @@ class Console:
                 f"waiting for data {record['data_wait']:.0%}  left {duration(left)}")
         if self._live:
             width = shutil.get_terminal_size().columns
-            print("\r" + line[: width - 1].ljust(width - 1), end="", flush=True)
+            show("\r" + line[: width - 1].ljust(width - 1), end="")
         else:
-            print(line, flush=True)
+            show(line)
 
     def evaluate(self, record: Record) -> None:
         self.line(f"epoch {record['epoch']}  step {record['step']}  held-out top-1 {record['top1']:.2%} "
@@ -145,8 +153,8 @@ class Console:
 
     def line(self, text: str) -> None:
         if self._live:
-            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
-        print(text, flush=True)
+            show("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
+        show(text)
 
 
 def duration(seconds: float) -> str:

@@ -127,7 +127,9 @@ class Trainer:
         self.total_steps = config.epochs * self.order.steps_per_epoch
         limit = recipes.parse_duration(config.deadline) if config.deadline else None
         self.deadline = deadline_from(limit=limit, started=started)
-        self.decoder = everywhere(world, lambda: create_decoder(config.data.decoder))
+        pinned = on_rank_0(world, lambda: str(directory.known.get("decoder", "")) if directory else "")
+        wanted = pinned if pinned and config.data.decoder == "auto" else config.data.decoder
+        self.decoder = everywhere(world, lambda: create_decoder(wanted))
         self.numeric = distributed.numeric_fingerprint(
             world, decoder=f"{self.decoder.name} {self.decoder.version}", micro_batch=config.micro_batch,
             assignment=config.data.assignment, amp=config.amp, deterministic=config.deterministic)
@@ -176,7 +178,7 @@ class Trainer:
             if start.finished:
                 self.directory.confirm_finished(start)
                 assert start.state is not None
-                say_finished(self.config, start.state.step, start.state.best)
+                say_finished(self.config, start.state.step, start.state.best, planned=self.total_steps)
             return replace(start, state=None)
 
         start = on_rank_0(self.world, work)
@@ -306,7 +308,8 @@ class Trainer:
             "data_wait": min(1.0, (loader.waited - self.waited_before) / elapsed),
             "memory_peak": memory_peak(self.world)}
         if self.report is not None:
-            self.report.training(record, steps=steps, seconds=elapsed, steps_per_epoch=self.order.steps_per_epoch)
+            self.report.training(record, steps=steps, seconds=elapsed, steps_per_epoch=self.order.steps_per_epoch,
+                                 waited=self.agreed.waits)
         self.window_began, self.waited_before = time.perf_counter(), loader.waited
         self._check_finite(summary.skipped_in_a_row)
         if self.config.limits.loss is not None and summary.loss < self.config.limits.loss:
