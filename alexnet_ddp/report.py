@@ -49,7 +49,8 @@ class Report:
             directory.write_state(
                 "running", exact=start.exact, why_not_exact=start.why_not_exact, step=place["step"],
                 epoch=place["epoch"], total_steps=total_steps, attempt=start.attempt, best=place["best"],
-                decoder=lineage["decoder"], world_size=world.size, host=world.host, pid=os.getpid(), last_checkpoint=start.resumed_from)
+                decoder=lineage["decoder"], world_size=world.size, host=world.host, pid=os.getpid(),
+                last_checkpoint=start.resumed_from)
         except OSError as error:
             raise UserError(f"The run directory {run_dir} can't be written: {error.strerror or error}. "
                             "Choose another with runs=...") from None
@@ -68,9 +69,10 @@ class Report:
         images = f"{data.order.samples:,} images"
         if data.train_ids is not None:
             images += f" of {len(data.train):,} (data.limit)"
+        largest = largest_part(config, world=world.size)
         say(f"{config.run_dir}: {config.model.name}, {parameters:,} parameters, {images} in "
             f"{len(data.train.classes)} classes; {_count(world.size, 'rank')} on {_count(world.nodes, 'node')}, "
-            f"{device}; global batch {config.global_batch} (at most {largest_part(config, world=world.size)} a forward)")
+            f"{device}; global batch {config.global_batch} (at most {largest} a forward)")
         if start.resumed_from:
             exact = "exact: yes" if start.exact else f"exact: no, because {start.why_not_exact}"
             say(f"attempt {start.attempt} goes on at step {step} of {self._total} from {start.resumed_from} ({exact})")
