@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         for flag, advice in ELSEWHERE.items():
             if message.startswith("unrecognized arguments:") and any(
-                    word.partition("=")[0] == flag for word in message.split()[2:]):
+                    word.partition("=")[0].replace("_", "-") == flag for word in message.split()[2:]):
                 raise UserError(f"{flag} is not known here: {advice}.")
         raise UserError(f"{message}. See: {self.prog} --help")
 
@@ -69,7 +69,8 @@ def train(words: list[str]) -> int:
     parser = Parser(prog="alexnet-ddp train", description="Trains the run that CONFIG names, or goes on with it.")
     parser.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/alexnet_single.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides, such as optim.lr=0.02")
-    parser.add_argument("--nproc-per-node", metavar="N|auto", help="start N ranks on this machine (torchrun inside)")
+    parser.add_argument("--nproc-per-node", "--nproc_per_node", metavar="N|auto",
+                        help="start N ranks on this machine (torchrun inside)")
     parser.add_argument("--fresh", action="store_true", help="start over; the old run directory is kept, renamed")
     parser.add_argument("--accept-changes", action="store_true", help="go on although the recipe has changed")
     parser.add_argument("--overfit", metavar="N", type=int, help="first sanity check: learn N samples by heart")
