@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
 from alexnet_ddp.stop import SIGNALS, quit_on_second_interrupt
@@ -40,15 +43,23 @@ def launch(arguments: list[str], *, ranks: int, run_dir: Path) -> int:
     from alexnet_ddp.run import read_state
 
     logging.disable(logging.CRITICAL)  # of the agent in this process: the ranks themselves say what went wrong
+    wanted: dict[str, Any] = {"shutdown_timeout": SHUTDOWN, "signals_to_handle": ",".join(f"SIG{s}" for s in SIGNALS)}
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}  # older torch lacks the newest of them
     agent = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, shutdown_timeout=SHUTDOWN,
-        signals_to_handle=",".join(f"SIG{name}" for name in SIGNALS))
+        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+        **{name: value for name, value in wanted.items() if name in known})
+    began = time.time()
     quit_on_second_interrupt(_kill_ranks)
     try:
         elastic_launch(agent, sys.executable)("-u", "-m", "alexnet_ddp", *arguments)
     except ChildFailedError as failed:
-        _, first = failed.get_first_failure()
+        rank, first = failed.get_first_failure()
+        reports = (run_dir / "errors").glob("rank_*.json")
+        if first.exitcode < 0 and not any(report.stat().st_mtime >= began for report in reports):
+            name = signal.Signals(-first.exitcode).name  # no rank was left to tell
+            print(f"alexnet-ddp: rank {rank} was ended by {name}. The same command goes on from the newest checkpoint.",
+                  file=sys.stderr, flush=True)
         return EXIT_USER if first.exitcode == EXIT_USER else EXIT_FAILED
     except SignalException:
         pass  # passed on to the ranks, which have left by now; state.json says whether in good order
