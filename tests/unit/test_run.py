@@ -119,9 +119,10 @@ def test_older_recipes() -> None:
 
 
 def test_other_training_data_are_refused() -> None:
-    """Other names or labels in data.train are refused by fingerprint; other validation data are not."""
+    """Other names or labels in data.train are refused by fingerprint; other validation data are said."""
     was = {"identities": {"train": "a" * 64, "val": "b" * 64}}
-    assert check_data(was, {"train": "a" * 64, "val": "c" * 64}) == []
+    assert check_data(was, was["identities"]) == []
+    assert check_data(was, {"train": "a" * 64, "val": "c" * 64}) == ["data.val holds other samples"]
     with pytest.raises(UserError, match=r"data\.train holds other samples") as error:
         check_data(was, {"train": "c" * 64, "val": "b" * 64})
     assert "aaaaaaaaaaaa" in str(error.value)
