@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,24 @@ def test_the_count_survives_a_resume(recipe: Path) -> None:
     result.check()
     run(recipe, "counted", *words, "epochs=2", world=2)[0].check()
     assert column(path, "skipped") == [0, 1, 1, 1, 1, 1]
+
+
+def test_checkpoints_and_a_kill_within_the_window_of_the_inf(recipe: Path) -> None:
+    """Saved and killed while the open logging window holds an infinite loss: bit-equal to the run that wasn't."""
+    words = ["log.steps=4", "fault.step=2", "fault.rank=1"]
+    result, straight = run(recipe, "window", *words, "fault.kind=inf")
+    result.check()
+    assert column(straight, "skipped") == [1, 1] and column(straight, "loss")[0] is None
+    stopped = harness.start(["train", str(recipe), "name=window_killed", *words, "fault.kind=inf"], world=3)
+    while not list((recipe.parent / "runs").glob("window_killed/checkpoints/step_00000003")):
+        assert stopped.processes[0].is_alive(), stopped.output()
+    for rank in range(3):
+        stopped.signal(signal.SIGKILL, rank=rank)
+    stopped.wait()
+    killed = run(recipe, "window_killed", *words)  # the step of the inf is behind it
+    killed[0].check()
+    assert harness.final_files(killed[1]) == harness.final_files(straight)
+    assert harness.metrics(killed[1]) == harness.metrics(straight)
 
 
 @pytest.mark.parametrize(("world", "rank"), [(1, 0), (3, 1), (3, 0)])
