@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import photographs
 import pytest
+
+import photographs
 
 pytestmark = pytest.mark.drill
 ROOT = Path(__file__).resolve().parents[2]
