@@ -59,6 +59,7 @@ class Report:
         self._console = sinks.Console(total_steps=total_steps)
         self._hosts, self._waited = world.hosts, ()  # type: tuple[str, ...], Sequence[float]
         self._saved = time.monotonic()  # when the last save began
+        self._warned = False  # of a state.json that can't be written
         self._asked = False  # for a save, of all ranks
 
     def greet(self, *, data: Data, world: World, parameters: int, device: str, step: int) -> None:
@@ -150,7 +151,9 @@ class Report:
                 status, why=why, step=place["step"], epoch=place["epoch"], best=place["best"],
                 last_checkpoint=str(last.path) if last else self._start.resumed_from)
         except OSError as error:
-            say(f"state.json can't be written ({error.strerror}).")
+            if not self._warned and status != "failed":  # then the line about the failure is the last
+                say(f"state.json can't be written ({error.strerror}).")
+            self._warned = True
 
     def leave(self, *, place: dict[str, Any], cause: str) -> None:
         """The last save is on the disk, then state.json and the user are told how it ended."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,7 @@ class TensorBoard:
     def __init__(self, folder: Path, records: list[Record]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # half a second, so only where it is wanted
 
+        threading.excepthook = _told_elsewhere
         shutil.rmtree(folder, ignore_errors=True)
         self._writer: SummaryWriter | None = SummaryWriter(str(folder))
         for record in records:
@@ -112,7 +115,14 @@ class TensorBoard:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+
+def _told_elsewhere(thrown: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises what it met once more in the next `write`, so its traceback needn't be shown."""
+    if not (type(thrown.thread).__module__.startswith("tensorboard.") and isinstance(thrown.exc_value, OSError)):
+        threading.__excepthook__(thrown)
 
 
 def say(text: str) -> None:
