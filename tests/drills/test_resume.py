@@ -150,23 +150,17 @@ def test_killed_at_any_moment(bench: Callable[..., Bench]) -> None:
 @pytest.mark.parametrize("everyone", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_signal(bench: Callable[..., Bench], world: int, everyone: bool) -> None:
-    """Each signal to each rank or to all, at any step: left within two steps, resumed there, the same bits."""
+    """Signals in turn to each rank or to all, at every other step: left within two steps, resumed there, same bits."""
     here = bench(world=world)
     for rank in [-1] if everyone else range(world):
         run, step = here.run(), 0
-        for number, name in enumerate(SIGNALS * 2):
-            struck = step + 1 if number < 5 else step
-            if struck + 1 >= 20:
-                break
-            ranks = run.start(*fault("signal", step=max(struck, 1), rank=rank, signal=name))
+        for name in (SIGNALS * 2)[:9]:
+            ranks = run.start(*fault("signal", step=step + 1, rank=rank, signal=name))
             result = ranks.wait()
-            if struck == step:  # it struck before this attempt began: nothing asked it to stop
-                assert result.codes == [EXIT_FINISHED] * world, result.output
-                break
             assert result.codes == [EXIT_STOPPED] * world, result.output
             assert resumed_at(result.output) == (step or None)
-            run.check_stopped(why=name, earliest=struck, latest=struck + 2)
             assert in_sessions(ranks.pids) == []
+            run.check_stopped(why=name, earliest=step + 1, latest=step + 3)
             step = int(run.state["step"])
         run.go().check()
         here.check_equal(run)
