@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,6 +131,23 @@ def test_accumulation_equals_one_batch(world: World, cuts: tuple[int, ...], amp:
         take(whole, batch(0))
         take(cut, batch(0, cuts=cuts))
         assert differs(state(cut), state(whole)) < 0.02
+
+
+def test_gradients_are_summed_over_ranks_once_a_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many micro-batches a step has on a rank, empty ones too, its gradients are all-reduced once."""
+    step, elements = make_step(), []
+    take(step, batch(0))
+    reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        elements.append(tensor.numel())
+        return reduce(tensor, *arguments, **options)
+
+    monkeypatch.setattr(dist, "all_reduce", counted)
+    for cuts in ((0, 10), (0, 3, 6, 9, 10), (0, 0), (0, 5, 5, 10)):
+        elements.clear()
+        take(step, batch(1, cuts=cuts))
+        assert sum(elements) == sum(parameter.numel() for parameter in step.net.parameters())
 
 
 def test_divided_by_the_planned_batch(world: World) -> None:
