@@ -42,7 +42,7 @@ constraints: PYTHON = python3.11
 constraints: ## newest versions of everything into constraints.txt
 	$(call python_is_new_enough)
 	$(PYTHON) -m venv --clear $(VENV)-constraints
-	$(VENV)-constraints/bin/python -m pip install --quiet --editable '.[dev,torchcodec]' 'setuptools>=77'
+	$(VENV)-constraints/bin/python -m pip install --quiet --editable '.[dev]' 'setuptools>=77'
 	{ grep '^#' constraints.txt; \
 	  $(VENV)-constraints/bin/python -m pip freeze --all --exclude-editable --exclude pip; } > constraints.new
 	mv constraints.new constraints.txt
