@@ -140,7 +140,8 @@ def test_finished(bench: Callable[..., Bench]) -> None:
     names = ("metrics.jsonl", "state.json", "best.json", "config.yaml")
     before = [(run.path / name).read_bytes() for name in names]
     result = run.go().check()
-    assert "is finished: 4 epochs, 20 steps, best held-out top-1" in result.output and "epochs=8" in result.output
+    assert "is finished: 4 epochs, 20 steps, best held-out top-1" in result.output
+    assert "to train longer, start another" in result.output  # a cosine has ended
     assert [(run.path / name).read_bytes() for name in names] == before
     assert run.checkpoints[-1].name == "step_00000020"
 
@@ -164,8 +165,9 @@ def test_longer(bench: Callable[..., Bench], schedule: str) -> None:
     here = bench(world=2, schedule__name=schedule, schedule__step_epochs=1.5)
     for name, words in (("longer_stopped", fault("signal", step=6, rank=0)), ("longer_finished", [])):
         run = here.run(name)
-        run.go("epochs=2", *words)
+        result = run.go("epochs=2", *words)
         assert run.state["status"] == ("preempted" if words else "finished")
+        assert words or "To train longer, give the same command with more epochs (epochs=4)" in result.output
         result = run.go().check()
         assert resumed_at(result.output) == (7 if words else 10) and "exact: yes" in result.output
         twin = here.twin
