@@ -30,11 +30,12 @@ class Augment:
     def __init__(self, section: AugmentSection, *, channels: int, device: torch.device) -> None:
         self._section, self._device = section, device
         mean, std = np.asarray(section.mean), np.asarray(section.std)
+        colours = np.asarray(PCA_VECTORS) * np.asarray(PCA_DEVIATIONS)  # [channel, component]
         if channels == 1:  # grey nets see the luminance
-            mean, std = mean @ np.asarray(GREY)[:, None], std @ np.asarray(GREY)[:, None]
+            mean, std, colours = (np.asarray([GREY]) @ values for values in (mean, std, colours))
         self._scale = self._tensor(1.0 / std).view(1, -1, 1, 1)
         self._bias = self._tensor(-mean / std).view(1, -1, 1, 1)
-        self._colours = self._tensor(np.asarray(PCA_VECTORS) * np.asarray(PCA_DEVIATIONS))
+        self._colours = self._tensor(colours)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self._device, non_blocking=True)
@@ -57,7 +58,7 @@ class Augment:
             if section.pca_lighting > 0:
                 # per image: the sum over i of p_i * a_i * lambda_i, added to its RGB values 0..1
                 added = self._tensor(draws.lighting) @ self._colours.T
-                pixels = pixels + added[:, : pixels.shape[1], None, None]
+                pixels = pixels + added[:, :, None, None]
         return torch.addcmul(self._bias, pixels, self._scale)
 
     def _jitter(self, pixels: Tensor, draws: Draws) -> Tensor:

@@ -204,3 +204,15 @@ def test_grey(images: Tensor) -> None:
     for factor in (0.5, 1.7):
         close(augment.contrast(pixels, torch.full((N, 1, 1, 1), factor)),
               theirs.adjust_contrast(pixels, factor), tolerance=1e-5)
+
+
+def test_lighting_on_grey_is_the_luminance_of_that_on_colour() -> None:
+    """A grey net's lighting is the luminance (BT.601) of what the same draws add to a colour image."""
+    section = AugmentSection(pca_lighting=0.5, flip=0, mean=(0, 0, 0), std=(1, 1, 1))
+    draws = draw(np.arange(4), seed=0, epoch=0, flip=0, rotation=0, color_jitter=(0, 0, 0, 0), pca_lighting=0.5)
+    cpu = torch.device("cpu")
+    colour = Augment(section, channels=3, device=cpu)(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), draws)
+    grey = Augment(section, channels=1, device=cpu)(torch.zeros(4, 8, 8, 1, dtype=torch.uint8), draws)
+    weights = torch.tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
+    torch.testing.assert_close((colour * weights).sum(1, keepdim=True), grey)
+    assert grey.abs().max() > 0.01
