@@ -214,5 +214,6 @@ def test_lighting_on_grey_is_the_luminance_of_that_on_colour() -> None:
     colour = Augment(section, channels=3, device=cpu)(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), draws)
     grey = Augment(section, channels=1, device=cpu)(torch.zeros(4, 8, 8, 1, dtype=torch.uint8), draws)
     weights = torch.tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
-    torch.testing.assert_close((colour * weights).sum(1, keepdim=True), grey)
+    # the weights add up to 0.9999, which the grey std then holds
+    torch.testing.assert_close((colour * weights).sum(1, keepdim=True), grey, rtol=2e-4, atol=1e-6)
     assert grey.abs().max() > 0.01
