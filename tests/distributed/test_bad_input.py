@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_what_is_left_goes_on(recipe: Path, kept: Path) -> None:
     """After all those mistakes the right command finishes the run."""
     assert choose.choose(kept / "checkpoints").path is not None
     harness.run(["train", str(recipe), "name=copy", "epochs=1"], world=2).check()
+
+
+def test_ranks_that_cannot_meet(recipe: Path) -> None:
+    """Started by hand without an address, or with a port that is taken: told by rank 0, with what ranks need."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for wrong in ({"MASTER_ADDR": ""}, {"MASTER_PORT": str(taken.getsockname()[1])}):
+            result = harness.run(["train", str(recipe), "name=lonely"], world=1,
+                                 environment={"WORLD_SIZE": "2", **wrong})
+            assert result.codes == [2], result.output
+            check_one_message(result.output, "2 ranks could not meet", "MASTER_ADDR", "torchrun")
 
 
 @pytest.mark.parametrize("which", ["train", "val"])
