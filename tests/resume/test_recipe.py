@@ -212,3 +212,14 @@ def test_metrics_and_tensorboard(bench: Callable[..., Bench]) -> None:
     assert set(board.Tags()["scalars"]) == set(expected) >= {"train/loss", "train/lr", "evaluate/top1"}
     for tag, points in expected.items():
         assert [(event.step, event.value) for event in board.Scalars(tag)] == points, tag
+
+
+def test_best_survives(bench: Callable[..., Bench]) -> None:
+    """The best evaluation of an earlier attempt stays the best, with its weights (all tie here: the first counts)."""
+    here = bench(world=2, optim__lr=1.0e-12, evaluate__epochs=1)
+    run = here.run()
+    assert run.go(*fault("kill", step=8)).codes == [-9, -9]
+    assert run.go(*fault("signal", step=11, rank=1)).codes == [EXIT_STOPPED] * 2
+    run.go().check()
+    here.check_equal(run)
+    assert run.state["best"]["step"] == json.loads((run.path / "best.json").read_text())["step"] == 5
