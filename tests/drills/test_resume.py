@@ -340,7 +340,7 @@ def test_launcher_signalled(bench: Callable[..., Bench], name: str) -> None:
     assert again.wait() == EXIT_FINISHED and "is finished" in again.output()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_launcher_keeps_exit_codes(bench: Callable[..., Bench]) -> None:
     """A stop 75, a user's mistake 2 (told once), a broken or killed rank 1; the next start finishes with 0."""
     here = bench(world=2)
