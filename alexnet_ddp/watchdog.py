@@ -120,8 +120,12 @@ class Watchdog:
     def _watch_until_done(self) -> None:
         orphaned_at = 0.0
         next_beat = 0.0
+        looked = time.monotonic()
         while not self._done.wait(0.2):
             now = time.monotonic()
+            if now - looked > STALE:  # the whole process was frozen (a suspended job): that is no stall of its own
+                self._since += now - looked
+            looked = now
             if self._parent and os.getppid() != self._parent:
                 orphaned_at = orphaned_at or now
                 self._requests.signal = self._requests.signal or "TERM"

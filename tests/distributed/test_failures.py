@@ -98,6 +98,23 @@ def test_a_stopped_process_is_named_and_ended(recipe: Path, rank: int) -> None:
     assert result.codes[rank] == -9
 
 
+def test_a_suspended_job_goes_on(recipe: Path) -> None:
+    """SIGSTOP on all ranks for longer than the limit, then SIGCONT, as a scheduler does it: the run goes on."""
+    words = ["train", str(recipe), "name=suspended", *QUICK, "epochs=2000", "schedule.name=constant"]
+    ranks = harness.start(words, world=3)
+    ranks.wait_for("step 6/")
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in range(3):
+            ranks.signal(number, rank=rank)
+        time.sleep(6 if number == signal.SIGSTOP else 0)
+    before = ranks.output().count("epoch ")
+    while ranks.output().count("epoch ") < before + 5:
+        assert all(process.is_alive() for process in ranks.processes), ranks.output()
+        time.sleep(0.05)
+    ranks.signal(signal.SIGTERM, rank=0)
+    assert set(ranks.wait(timeout=GONE).codes) == {75}
+
+
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_hang_in_an_evaluation(recipe: Path, rank: int) -> None:
     """A rank that hangs within an evaluation is named, not one of those that wait for it."""
