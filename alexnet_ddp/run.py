@@ -22,11 +22,11 @@ from alexnet_ddp.data.order import Order
 from alexnet_ddp.distributed import World, everywhere, on_rank_0
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.lease import Lease
+from alexnet_ddp.runfiles import STATE, read_state
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.sinks import say
 from alexnet_ddp.watchdog import Failure
 
-STATE = "state.json"
 TOLD_BY_THE_RECIPE = ("micro_batch", "assignment", "amp", "deterministic")  # of the numeric fingerprint
 
 
@@ -210,15 +210,6 @@ def git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain", "--", home).splitlines()}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def read_state(run_dir: Path) -> dict[str, Any]:
-    """state.json, {} where there is none that can be read."""
-    try:
-        known = json.loads((run_dir / STATE).read_text())
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
-        return {}
 
 
 def _free_name(path: Path) -> Path:

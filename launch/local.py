@@ -40,7 +40,7 @@ def launch(arguments: list[str], *, ranks: int, run_dir: Path) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from alexnet_ddp.run import read_state
+    from alexnet_ddp.runfiles import read_state
 
     logging.disable(logging.CRITICAL)  # of the agent in this process: the ranks themselves say what went wrong
     wanted: dict[str, Any] = {"shutdown_timeout": SHUTDOWN, "signals_to_handle": ",".join(f"SIG{s}" for s in SIGNALS)}

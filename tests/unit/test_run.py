@@ -10,7 +10,8 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.run import RunDirectory, check_data, check_recipe, read_state
+from alexnet_ddp.run import RunDirectory, check_data, check_recipe
+from alexnet_ddp.runfiles import read_state
 
 ORDER = Order(1000, global_batch=10, seed=0, shards=4, identity="ab" * 32)  # 100 steps an epoch
 

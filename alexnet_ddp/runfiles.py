@@ -1,0 +1,96 @@
+"""What a run directory says of itself, for those who must answer without torch: `submit`, `status`, the batch shell.
+
+    state.json        where the run stands (written by rank 0, and by the batch shell once the ranks are gone)
+    attempts.jsonl    every attempt in a job: when it began, and why it ended and came back or not
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STATE = "state.json"
+ATTEMPTS = "attempts.jsonl"
+CHECKPOINT = re.compile(r"step_(\d{8,})")
+
+
+def read_state(run_dir: Path) -> dict[str, Any]:
+    """state.json, {} where there is none that can be read."""
+    try:
+        known = json.loads((run_dir / STATE).read_text())
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def replace_state(run_dir: Path, known: dict[str, Any]) -> None:
+    """Replaces state.json as a whole: after a kill or a power-off there is the old one or the new one."""
+    draft = run_dir / f".{STATE}.{secrets.token_hex(4)}"
+    with draft.open("w") as file:
+        file.write(json.dumps(known, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, run_dir / STATE)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A published checkpoint, by its name: its contents are not verified here."""
+
+    step: int
+    path: Path
+    time: float  # unix time of its manifest
+
+
+def newest_checkpoint(run_dir: Path) -> Saved | None:
+    """The newest published checkpoint, None before the first."""
+    found = []
+    for manifest in (run_dir / "checkpoints").glob("step_*/manifest.json"):
+        name = CHECKPOINT.fullmatch(manifest.parent.name)
+        if name:
+            found.append((int(name[1]), manifest))
+    if not found:
+        return None
+    step, manifest = max(found)
+    try:
+        return Saved(step, manifest.parent, manifest.stat().st_mtime)
+    except FileNotFoundError:  # retention was quicker: then there is a newer one
+        return newest_checkpoint(run_dir)
+
+
+def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
+    """All that attempts.jsonl tells, oldest first; a line cut off by a power-off is left out."""
+    try:
+        lines = (run_dir / ATTEMPTS).read_text().splitlines()
+    except OSError:
+        return []
+    told = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            told.append(record)
+    return told
+
+
+def add_attempt(run_dir: Path, event: str, **facts: Any) -> None:
+    """Appends a line to attempts.jsonl; `event` is begin or end."""
+    record = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ATTEMPTS).open("a+b") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a line cut off by a power-off
+                file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
