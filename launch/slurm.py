@@ -1,0 +1,339 @@
+"""What Slurm says, asked by its read-only commands and parsed tolerantly (written for 22.05, newer ones add words).
+
+Everything returns None where Slurm can't be asked: no such command, no cluster, no answer in time, accounting switched
+off. Nothing here raises, and nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PATIENCE = 10.0  # seconds for one command's answer
+
+
+# --- asking -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    text: str
+    errors: str
+
+
+def ask(words: list[str], *, timeout: float = PATIENCE) -> Answer | None:
+    """Runs a command of Slurm's; None where it isn't there, can't be run, or gives no answer in `timeout` seconds."""
+    # A user's SQUEUE_STATES, SINFO_FORMAT or time format would change what we parse.
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_"))}
+    environment |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+    try:
+        done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return Answer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+
+
+def _text(words: list[str], timeout: float) -> str | None:
+    answer = ask(words, timeout=timeout)
+    return answer.text if answer is not None and answer.code == 0 else None
+
+
+# --- words ------------------------------------------------------------------------------------------------------
+
+NOTHING = {"", "(null)", "N/A", "None", "NONE", "Unknown", "UNKNOWN", "n/a", "NULL"}
+
+
+def seconds(text: str) -> float | None:
+    """Seconds of a length of time as Slurm prints it: `1-02:03:04`, `20:00`, `30 sec`; None: unlimited or unknown."""
+    text = text.strip()
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match:
+        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+        return days * 86400.0 + hours * 3600 + minutes * 60 + rest
+    match = re.fullmatch(r"(\d+)\s*(s|sec|secs|m|min|mins)?", text)  # `show config` names its unit
+    return float(match[1]) * (60 if (match[2] or "s").startswith("m") else 1) if match else None
+
+
+def moment(text: str) -> float | None:
+    """Unix time of a time stamp in this machine's time zone, `2026-11-22T01:02:03`; None: none or unknown."""
+    try:
+        return time.mktime(time.strptime(text.strip(), "%Y-%m-%dT%H:%M:%S"))
+    except (ValueError, OverflowError):
+        return None
+
+
+def state_word(text: str) -> str:
+    """`CANCELLED by 1000` and `COMPLETING*` as one plain word in capitals; empty: unknown."""
+    match = re.match(r"[A-Za-z_]+", text.strip())
+    return match[0].upper() if match else ""
+
+
+def _plain(text: str) -> str:
+    return "" if text.strip() in NOTHING else text.strip()
+
+
+def _whole(text: str) -> int | None:
+    match = re.match(r"\d+", text.strip())
+    return int(match[0]) if match else None
+
+
+def _words(line: str) -> dict[str, str]:
+    """Slurm's `Key=value Key=value` line. Values may hold spaces and equal signs: of two keys the first one counts."""
+    found: dict[str, str] = {}
+    keys = list(re.finditer(r"(?:^|(?<=\s))([A-Za-z][\w/:.\[\]]*)=", line))
+    for key, after in zip(keys, [*keys[1:], None], strict=True):
+        found.setdefault(key[1], line[key.end():after.start() if after else len(line)].strip())
+    return found
+
+
+# --- jobs: scontrol show job ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """A job as slurmctld knows it. Times are unix seconds, lengths seconds; None: none, unlimited or unknown."""
+
+    job: str  # 12, and 12_3 for a task of an array
+    raw: str  # SLURM_JOB_ID: 12, of its own for every task of an array
+    name: str
+    state: str  # RUNNING, COMPLETING, CANCELLED ...
+    reason: str
+    partition: str
+    requeue: bool  # Slurm may requeue it
+    restarts: int
+    time_limit: float | None
+    start_time: float | None
+    end_time: float | None
+    preempt_time: float | None  # when it was chosen to be preempted
+
+
+# JobName is free text and comes before everything of interest; other free text (Comment, Command) comes after.
+HEAD = re.compile(r"^(?P<ids>JobId=.*?)\bJobName=(?P<name>.*?)\s(?P<rest>UserId=\S+\(\d+\)\s.*)$", re.DOTALL)
+
+
+def parse_job(line: str) -> JobFacts | None:
+    """One line of `scontrol show job -o`; None if it tells of no job."""
+    match = HEAD.match(line.strip())
+    if not match:
+        return None
+    ids, facts = _words(match["ids"]), _words(match["rest"])
+    raw = ids.get("JobId", "")
+    if not raw.isdigit():
+        return None
+    array, task = ids.get("ArrayJobId", ""), ids.get("ArrayTaskId", "")
+    return JobFacts(
+        job=f"{array}_{task}" if array and task else raw,
+        raw=raw,
+        name=match["name"],
+        state=state_word(facts.get("JobState", "")),
+        reason=_plain(facts.get("Reason", "")),
+        partition=_plain(facts.get("Partition", "")),
+        requeue=facts.get("Requeue") == "1",
+        restarts=_whole(facts.get("Restarts", "")) or 0,
+        time_limit=seconds(facts.get("TimeLimit", "")),
+        start_time=moment(facts.get("StartTime", "")),
+        end_time=moment(facts.get("EndTime", "")),
+        preempt_time=moment(facts.get("PreemptTime", "")))
+
+
+def parse_jobs(text: str) -> list[JobFacts]:
+    return [facts for facts in map(parse_job, text.splitlines()) if facts]
+
+
+def job_facts(job: str, *, timeout: float = PATIENCE) -> JobFacts | None:
+    """What slurmctld knows of a job (12, or 12_3 for a task of an array); None: it can't be asked, or knows none."""
+    text = _text(["scontrol", "show", "job", "-o", str(job)], timeout)
+    jobs = parse_jobs(text or "")
+    own = [facts for facts in jobs if str(job) in (facts.job, facts.raw)] or jobs
+    return own[0] if own else None
+
+
+# --- jobs: squeue and sacct -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job in the queue, or lately there."""
+
+    job: str
+    raw: str
+    name: str
+    state: str
+    reason: str
+    partition: str
+    start_time: float | None  # of a pending job: when Slurm expects to start it
+    nodes: str
+
+
+QUEUE = "%i|%A|%T|%P|%S|%N|%r|%j"  # the name last: it may hold anything
+
+
+def parse_queue(text: str) -> list[Queued]:
+    """The lines of `squeue -h -o QUEUE`."""
+    jobs = []
+    for line in text.splitlines():
+        parts = line.split("|", 7)
+        if len(parts) == 8 and parts[1].strip().isdigit():
+            job, raw, state, partition, start, nodes, reason, name = (part.strip() for part in parts)
+            jobs.append(Queued(job, raw, name, state_word(state), _plain(reason), partition, moment(start), nodes))
+    return jobs
+
+
+def queue(jobs: Iterable[str], *, timeout: float = PATIENCE) -> list[Queued] | None:
+    """Those of `jobs` (12, 12_3) that slurmctld still knows, in any state; None: it can't be asked."""
+    wanted = sorted(set(jobs))
+    if not wanted:
+        return []
+    answer = ask(["squeue", "-h", "-a", "-r", "-t", "all", "-o", QUEUE, "-j", ",".join(wanted)], timeout=timeout)
+    if answer is None:
+        return None
+    if answer.code:
+        return [] if "invalid job id" in answer.errors.lower() else None  # so it says when it knows none of them
+    return parse_queue(answer.text)
+
+
+@dataclass(frozen=True)
+class Past:
+    """A job as accounting remembers it."""
+
+    job: str
+    raw: str
+    state: str
+    exit_code: str  # code:signal
+    end_time: float | None
+    reason: str
+
+
+HISTORY = "JobID,JobIDRaw,State,ExitCode,End,Reason"
+
+
+def parse_history(text: str) -> list[Past]:
+    """The lines of `sacct -X -n -P -o HISTORY`."""
+    jobs = []
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.split("|", 5)]
+        if len(parts) == 6 and parts[1].isdigit():
+            job, raw, state, exit_code, end, reason = parts
+            jobs.append(Past(job, raw, state_word(state), exit_code, moment(end), _plain(reason)))
+    return jobs
+
+
+def history(jobs: Iterable[str], *, timeout: float = PATIENCE) -> list[Past] | None:
+    """`jobs` in accounting; None: there is none, or it can't be asked."""
+    wanted = sorted(set(jobs))
+    if not wanted:
+        return []
+    text = _text(["sacct", "-X", "-n", "-P", "-o", HISTORY, "-j", ",".join(wanted)], timeout)
+    return None if text is None else parse_history(text)
+
+
+# --- the cluster: configuration, partitions, nodes --------------------------------------------------------------
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """`scontrol show config`: one `Key = value` a line."""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        match = re.match(r"^\s*([A-Za-z][\w\[\]]*)\s+=\s?(.*)$", line)
+        if match:
+            found.setdefault(match[1], match[2].strip())
+    return found
+
+
+def config(*, timeout: float = PATIENCE) -> dict[str, str] | None:
+    """The cluster's configuration; None: Slurm can't be asked."""
+    text = _text(["scontrol", "show", "config"], timeout)
+    return parse_config(text) or None if text is not None else None
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes of a partition that are alike."""
+
+    count: int
+    cpus: int  # of one node
+    memory: int  # MB of one node
+    gpus: int  # of one node
+    gpu_types: tuple[str, ...]
+    state: str
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition. Lengths of time are seconds; None: unlimited or unknown."""
+
+    name: str
+    default: bool
+    up: bool
+    max_time: float | None
+    default_time: float | None
+    max_nodes: int | None
+    preempt_mode: str  # OFF, REQUEUE, CANCEL, SUSPEND ...; empty: unknown
+    grace: float  # GraceTime
+    over_time: str  # OverTimeLimit of its own in minutes, empty: the cluster's
+    tier: int  # PriorityTier
+    nodes: tuple[Nodes, ...] = ()
+
+
+def parse_partitions(text: str) -> list[Partition]:
+    """The lines of `scontrol show partition -o`."""
+    found = []
+    for line in text.splitlines():
+        words = _words(line.strip())
+        if "PartitionName" in words:
+            found.append(Partition(
+                name=words["PartitionName"],
+                default=words.get("Default") == "YES",
+                up=words.get("State", "UP") == "UP",
+                max_time=seconds(words.get("MaxTime", "")),
+                default_time=seconds(words.get("DefaultTime", "")),
+                max_nodes=_whole(words.get("MaxNodes", "")),
+                preempt_mode=_plain(words.get("PreemptMode", "")),
+                grace=float(_whole(words.get("GraceTime", "")) or 0),
+                over_time=_plain(words.get("OverTimeLimit", "")),
+                tier=_whole(words.get("PriorityTier", "")) or 0))
+    return found
+
+
+def gpus(gres: str) -> tuple[int, tuple[str, ...]]:
+    """GPUs of a node and their types, of `gpu:a100:4(S:0-1),shard:16`."""
+    count, types = 0, []
+    for item in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *rest = item.strip().split(":")
+        if name == "gpu":
+            number = rest.pop() if rest and rest[-1].isdigit() else "1"
+            count += int(number)
+            types += [kind for kind in rest[:1] if kind not in types and kind != "no_consume"]
+    return count, tuple(types)
+
+
+NODES = "%R|%D|%c|%m|%T|%G"
+
+
+def parse_nodes(text: str) -> dict[str, list[Nodes]]:
+    """The lines of `sinfo -h -e -o NODES`, by partition."""
+    found: dict[str, list[Nodes]] = {}
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.split("|", 5)]
+        if len(parts) == 6:
+            name, count, cpus, memory, state, gres = parts
+            number, types = gpus(gres)
+            found.setdefault(name, []).append(Nodes(_whole(count) or 0, _whole(cpus) or 0, _whole(memory) or 0,
+                                                    number, types, state.lower()))
+    return found
+
+
+def partitions(*, timeout: float = PATIENCE) -> list[Partition] | None:
+    """The cluster's partitions with their nodes (none, where sinfo doesn't tell); None: Slurm can't be asked."""
+    text = _text(["scontrol", "show", "partition", "-o", "-a"], timeout)
+    if text is None:
+        return None
+    nodes = parse_nodes(_text(["sinfo", "-h", "-a", "-e", "-o", NODES], timeout) or "")
+    return [Partition(**{**vars(partition), "nodes": tuple(nodes.get(partition.name, ()))})
+            for partition in parse_partitions(text)]
