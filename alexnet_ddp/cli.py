@@ -89,7 +89,7 @@ def train(words: list[str]) -> int:
         print(recipes.dump(config), end="")
         return EXIT_FINISHED
     if options.nproc_per_node is not None:
-        from launch.local import launch, ranks_wanted
+        from launch.agent import launch, ranks_wanted
 
         if "RANK" in os.environ:
             raise UserError("--nproc-per-node starts the ranks itself, and this is already a rank of torchrun. "

@@ -7,6 +7,7 @@ turns every non-zero code of a rank into its own 1, so there a stop exits 0 and 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1  # a fault of ours, of the machine or of a peer
 EXIT_USER = 2  # the recipe, the data or the command line must change first
+EXIT_UNAVAILABLE = 69  # the hosts of a job do not reach each other (EX_UNAVAILABLE); worth another start
 EXIT_STOPPED = 75  # stopped on request, resumable (EX_TEMPFAIL of sysexits.h)
 EXIT_INTERRUPTED = 130  # a second Ctrl-C: left at once, nothing saved
 

@@ -13,7 +13,7 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER
 
 HEAVY = ("torch", "torchvision", "numpy", "tensorboard", "PIL")
-QUICK = ["alexnet_ddp", "alexnet_ddp.errors", "alexnet_ddp.cli", "alexnet_ddp.stop", "launch", "launch.local",
+QUICK = ["alexnet_ddp", "alexnet_ddp.errors", "alexnet_ddp.cli", "alexnet_ddp.stop", "launch", "launch.agent",
          "alexnet_ddp.sections", "alexnet_ddp.config", "alexnet_ddp.schedule", "launch.demo"]
 
 

@@ -1,0 +1,120 @@
+"""What runs inside the allocation, one process per GPU: it finds its place, meets the others, and trains.
+
+    $BLOCK python -P -u -m launch.job SNAPSHOT      under srun; submitit calls `Task` to the same end
+
+The stop signals are blocked when it starts. One that comes before the handlers stand is delivered then, and not lost.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alexnet_ddp.errors import EXIT_UNAVAILABLE, EXIT_USER, UserError
+from launch.place import Place, place_of
+from launch.rendezvous import Unreachable, meet
+from launch.snapshot import Snapshot, load
+
+LOCAL_REQUEUE = 144  # exit code by which submitit's local executor starts a job again
+
+
+class Task:
+    """What submitit pickles: by reference to this module, which the job takes from its snapshot."""
+
+    def __init__(self, snapshots: Sequence[str]) -> None:
+        """`snapshots`: paths by index in the job array, one without an array."""
+        self.snapshots = list(snapshots)
+
+    def __call__(self) -> int:
+        """Runs the task; leaves by SystemExit unless the run has finished, so that the exit code is the task's."""
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit would log it as bypassed
+        snapshot = load(Path(self.snapshots[int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)]))
+        code = run_here(snapshot) if "SUBMITIT_LOCAL_GLOBALID" in os.environ else run(snapshot)
+        if code:
+            raise SystemExit(code)
+        return code
+
+
+def run(snapshot: Snapshot) -> int:
+    """This task's part of an attempt; returns its exit code."""
+    os.chdir(snapshot.cwd)
+    try:
+        enter()
+    except Unreachable as failure:
+        print(f"alexnet-ddp: {failure}", file=sys.stderr, flush=True)
+        return EXIT_UNAVAILABLE
+    except UserError as mistake:
+        print(f"alexnet-ddp: error: {mistake}", file=sys.stderr, flush=True)
+        return EXIT_USER
+    from alexnet_ddp.cli import main as command
+
+    return command(["train", str(snapshot.path / "recipe.yaml"),
+                    *(["--accept-changes"] if snapshot.accept_changes else [])])
+
+
+def run_here(snapshot: Snapshot) -> int:
+    """A task of submitit's local executor, which has no batch shell: rank 0 opens and closes the attempt."""
+    from launch import attempts
+
+    place = place_of(os.environ)
+    assert place is not None
+    if place.rank:
+        return run(snapshot)
+    earlier = attempts.read_attempts(snapshot.run_dir)
+    restart = sum(told["event"] == "begin" and told["job"] == place.job for told in earlier)
+    job = attempts.Job(place.job, restart)
+    for line in attempts.begin(snapshot, job):
+        if line.startswith("exit "):
+            return int(line.removeprefix("exit "))
+    code = run(snapshot)
+    decision = attempts.judge(snapshot, job, exit_code=code, facts=None)
+    return LOCAL_REQUEUE if decision.action == "requeue" else code
+
+
+def enter() -> None:
+    """Takes the place that Slurm (or submitit's local executor) tells: torchrun's variables, for distributed.join.
+
+    Meets the other tasks. Raises Unreachable when they don't find each other, UserError.
+    """
+    place = place_of(os.environ)
+    if place is None:
+        return
+    print(whereabouts(place), flush=True)
+    os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank),
+                   "LOCAL_WORLD_SIZE": str(place.local_size)}
+    if place.size == 1:
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        return
+    meeting = meet(place.name, rank=place.rank, size=place.size, head=place.hosts[0], hosts=place.host_of_rank)
+    os.environ |= {"MASTER_ADDR": meeting.host, "MASTER_PORT": str(meeting.port)}
+    if meeting.listener is not None:
+        os.environ["ALEXNET_STORE_FD"] = str(meeting.listener.detach())
+    if len(place.hosts) > 1 and meeting.interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
+
+
+def whereabouts(place: Place) -> str:
+    """One line a rank for its log: which cores and which GPUs it has."""
+    cores = sorted(os.sched_getaffinity(0))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all there are")
+    return (f"alexnet-ddp: rank {place.rank} of {place.size} on {socket.gethostname()} (local rank "
+            f"{place.local_rank} of {place.local_size}), {len(cores)} cores ({spans(cores)}), GPUs {gpus or 'none'}")
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as '0-2,5'."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+if __name__ == "__main__":
+    sys.exit(run(load(Path(sys.argv[1]))))
