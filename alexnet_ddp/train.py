@@ -161,7 +161,7 @@ class Trainer:
         self.place = replica.put_back(self.start.state, world=world, step=self.step, window=self.window)
         self.start.state = None  # its memory
         self.saved_at = (self.place["step"], self.place["evaluated_step"]) if self.start.resumed_from else None
-        self.improved = False  # the best weights are newer than the last save
+        self.improved = False  # the best weights are newer than the last save that was begun
         self.slowest_step = 0.0  # seconds
         self._open_report()
         return True

@@ -6,9 +6,11 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from alexnet_ddp.checkpoint import choose, files, store
 from alexnet_ddp.checkpoint.state import TrainState
@@ -33,6 +35,15 @@ class Saved:
     finished_at: float  # time.monotonic()
 
 
+@dataclass(frozen=True)
+class Best:
+    """Staged weights of the best evaluation so far, for as long as `best.safetensors` doesn't hold them."""
+
+    model: str
+    weights: dict[str, Tensor]
+    record: dict[str, Any]  # {"top1": ..., "step": ...}
+
+
 class Writer:
     """Writes checkpoints of one run, one at a time, each in a thread of its own that is joined.
 
@@ -40,6 +51,11 @@ class Writer:
     failure in a row raises SaveFailed. Anything else, a lost lease or weights that are not finite, is
     raised at once. What the thread meets is raised in the training loop by the next `poll`, `submit`,
     `wait` or `close`.
+
+    Best weights whose save failed are kept in memory and written with the next save, unless that one brings
+    better ones; until then `best.safetensors` is the older best with its own number, and no checkpoint tells
+    of an evaluation whose best weights are not on the disk. A run that ends before goes on from an older
+    checkpoint, and so makes that evaluation again.
     """
 
     def __init__(
@@ -61,6 +77,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._spare: TrainState | None = None
+        self._best: Best | None = None  # to be written
 
     @property
     def busy(self) -> bool:
@@ -77,10 +94,13 @@ class Writer:
         self.wait()
         state.check()  # here, where the traceback shows who put it there
         self._spare = staged = state.to_cpu(into=self._spare)
+        if best_model is not None:
+            assert staged.best is not None, "best weights without a best metric"
+            self._best = Best(best_model, staged.model, staged.best)
         stall = time.monotonic() - start
         # Not a daemon: should the loop die of something else, the interpreter waits for the save to end.
         self._thread = threading.Thread(
-            target=self._save, args=(staged, best_model, stall), name=f"checkpoint-{state.step}"
+            target=self._save, args=(staged, stall), name=f"checkpoint-{state.step}"
         )
         self._thread.start()
 
@@ -104,11 +124,11 @@ class Writer:
         finally:
             self._spare = None
 
-    def _save(self, state: TrainState, best_model: str | None, stall: float) -> None:
+    def _save(self, state: TrainState, stall: float) -> None:
         try:
             start = time.monotonic()
             try:
-                path = self._write(state, best_model)
+                path = self._write(state)
             except (OSError, store.Damaged) as error:
                 self._failed(state, error)
                 return
@@ -119,12 +139,13 @@ class Writer:
         except BaseException as error:
             self._error = error
 
-    def _write(self, state: TrainState, best_model: str | None) -> Path:
-        if best_model is not None:
-            assert state.best is not None, "best weights without a best metric"
+    def _write(self, state: TrainState) -> Path:
+        if self._best is not None:
+            best = self._best
             store.write_best(
-                state.model, run_dir=self.directory.parent, model=best_model, guard=self.guard, **state.best
+                best.weights, run_dir=self.directory.parent, model=best.model, guard=self.guard, **best.record
             )
+            self._best = None
         return store.write(
             state, directory=self.directory, attempt=self.attempt, lineage=self.lineage, guard=self.guard
         )
@@ -132,6 +153,8 @@ class Writer:
     def _failed(self, state: TrainState, error: OSError | store.Damaged) -> None:
         with contextlib.suppress(OSError):
             self.guard()  # a new owner's clean-up looks like a failing disk: say what it is
+        if self._best is not None and self._best.weights is state.model:
+            self._spare = replace(state, model={})  # the next copy must not go over these weights
         self.failures_in_a_row += 1
         why = str(error.strerror) if isinstance(error, OSError) else f"read back wrong: {error.why}"
         self.failure = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from alexnet_ddp.checkpoint import choose, store
 from alexnet_ddp.checkpoint.state import TrainState
@@ -129,6 +130,54 @@ def test_best_is_written_before_the_checkpoint_that_remembers_it(writer: Writer,
     writer.submit(state(4, best={"top1": 0.6, "step": 3}))
     writer.wait()
     assert (run_dir / "best.safetensors").read_bytes() == before
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> list[OSError]:
+    """What `store.write_best` is to raise, one error a call."""
+    errors: list[OSError] = []
+    real = store.write_best
+
+    def write_best(*arguments: Any, **options: Any) -> Path:
+        if errors:
+            raise errors.pop(0)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(store, "write_best", write_best)
+    return errors
+
+
+def test_best_weights_that_could_not_be_written_come_with_the_next_save(writer: Writer, full: list[OSError]) -> None:
+    """Two full disks long the best weights wait, as they were, while training moves on; the older best stays whole."""
+    run_dir = writer.directory.parent
+    writer.submit(state(1, best={"top1": 0.5, "step": 1}), best_model="net")
+    writer.wait()
+    full += [OSError(errno.ENOSPC, "No space left on device")] * 2
+    for step in (3, 4, 5):
+        live = state(step, best={"top1": 0.6, "step": 3})
+        writer.submit(live, best_model="net" if step == 3 else None)
+        live.model["w"].fill_(99)
+        writer.wait()
+        best = 3 if step == 5 else 1
+        assert store.read_best(run_dir) == {"top1": 0.6 if best == 3 else 0.5, "step": best, "model": "net"}
+        assert load_file(run_dir / "best.safetensors")["w"].eq(best).all()
+        newest = choose.choose(writer.directory).path  # tells of no best that isn't there
+        assert newest is not None and newest.name == store.directory_name(5 if step == 5 else 1)
+    assert store.load(newest)[0].model["w"].eq(5).all()
+    (run_dir / "best.safetensors").unlink()
+    writer.submit(state(6, best={"top1": 0.6, "step": 3}))
+    writer.wait()
+    assert not (run_dir / "best.safetensors").exists(), "written once, not with every save from then on"
+
+
+def test_better_weights_take_the_place_of_those_that_wait(writer: Writer, full: list[OSError]) -> None:
+    """A better evaluation before the retry: only its weights are written."""
+    full.append(OSError(errno.ENOSPC, "No space left on device"))
+    writer.submit(state(3, best={"top1": 0.6, "step": 3}), best_model="net")
+    writer.submit(state(4, best={"top1": 0.7, "step": 4}), best_model="net")
+    writer.wait()
+    assert store.read_best(writer.directory.parent) == {"top1": 0.7, "step": 4, "model": "net"}
+    assert load_file(writer.directory.parent / "best.safetensors")["w"].eq(4).all()
 
 
 @pytest.mark.parametrize("report", ["poll", "submit", "wait", "close"])
