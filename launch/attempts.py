@@ -90,7 +90,7 @@ def beginning(run_dir: Path, job: Job, *, now: float) -> tuple[int, float]:
 def open_attempt(run_dir: Path, job: Job, *, nodes: str, snapshot: str) -> str:
     """Enters the attempt and returns the header of its log."""
     step = _newest_step(run_dir)
-    before = read_attempts(run_dir)
+    before = [record for record in read_attempts(run_dir) if record.get("event") in ("begin", "end")]
     add_attempt(run_dir, "begin", job=job.id, array=job.array, restart=job.restart, step=step, nodes=nodes,
                 snapshot=snapshot)
     total = read_state(run_dir).get("total_steps")

@@ -67,13 +67,14 @@ def hosts_of(nodelist: str) -> tuple[str, ...]:
     Needs no `scontrol show hostnames`, which a container lacks.
     """
     hosts: list[str] = []
-    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist.strip()):
+    parts = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist)
+    for part in parts:
         names = [""]
         for text, group in re.findall(r"([^\[]+)|\[([^\]]*)\]", part):
             endings = [text] if text else [number for span in group.split(",") for number in _numbers(span, nodelist)]
             names = [name + ending for name in names for ending in endings]
         hosts += names
-    if not hosts or not all(re.fullmatch(r"[\w.-]+", host) for host in hosts):
+    if ",".join(parts) != nodelist or not hosts or not all(re.fullmatch(r"[\w.-]+", host) for host in hosts):
         raise UserError(f"A Slurm node list looks like a[1-3,7],b09; got '{nodelist}'.")
     return tuple(hosts)
 

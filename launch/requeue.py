@@ -187,12 +187,13 @@ def _cause_of_stop(why: str, *, facts: JobFacts | None, now: float) -> tuple[Cau
         return Cause.STOPPED, why
     if facts is not None and facts.preempt_time is not None:
         return Cause.PREEMPTED, f"{why}: Slurm is preempting the job"
+    if facts is not None and facts.state == "TIMEOUT":
+        return Cause.WALLTIME, f"{why}: the time is up"
     if why == "TERM":
         if facts is None:
             return Cause.SLURM, "TERM, and Slurm can't be asked why"
         return Cause.STOPPED, "TERM, sent by hand: the job is neither preempted nor at its time limit"
-    ending = facts is not None and (facts.state == "TIMEOUT"
-                                    or (facts.end_time is not None and facts.end_time - now < NEARLY))
+    ending = facts is not None and facts.end_time is not None and facts.end_time - now < NEARLY
     if why == "deadline" or ending:
         return Cause.WALLTIME, f"{why}: the time is nearly up"
     return Cause.WARNED, f"{why}: by hand, or by a warning of the site's"
