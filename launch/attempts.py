@@ -111,7 +111,7 @@ def judge(snapshot: Snapshot, job: Job, *, exit_code: int, facts: JobFacts | Non
     run_dir, now = snapshot.run_dir, time.time()
     state = read_state(run_dir)
     mine = state if wrote(state, job) else None
-    cause, why = cause_of(mine, exit_code=exit_code, facts=facts, now=now)
+    cause, why = cause_of(mine, exit_code=exit_code, facts=facts, restart=job.restart, now=now)
     step = _newest_step(run_dir)
     caps = Caps(**snapshot.caps)
     began, seconds = beginning(run_dir, job, now=now)

@@ -17,6 +17,7 @@ from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_UNAVAILABLE, EX
 from launch.slurm import JobFacts
 
 HEALED = 3600.0  # seconds of training with progress after which a failure no longer counts as one in a row
+ENDED = ("COMPLETING", "CANCELLED", "COMPLETED", "FAILED")
 NEARLY = 120.0  # seconds before the time limit within which a warning is the limit's: Slurm may warn 60 s early
 
 
@@ -37,8 +38,8 @@ class Cause(StrEnum):
     NONFINITE = "non-finite"
     BUG = "bug"
     USER = "user error"
-    STOPPED = "stopped"  # by the user: STOP file, Ctrl-C, TERM by hand
-    SLURM = "ended by Slurm"  # scancel, or a requeue that Slurm makes by itself
+    STOPPED = "stopped"  # by the user: scancel, STOP file, Ctrl-C, TERM by hand
+    SLURM = "ended by Slurm"  # which brings the job back by itself
 
 
 STOPS = {1: "HUP", 2: "INT", 10: "USR1", 12: "USR2", 15: "TERM"}  # by number, as Linux has them
@@ -83,9 +84,9 @@ def decide(history: Sequence[Attempt], *, caps: Caps) -> Decision:
         case Cause.USER | Cause.BUG:
             return Decision("stop", "another start would end the same way: recipe, data or code must change first")
         case Cause.STOPPED:
-            return Decision("stop", "it was asked to stop, and not by Slurm")
+            return Decision("stop", "it was asked to stop")
         case Cause.SLURM:
-            return Decision("slurm", "Slurm ended the job: it brings it back itself unless it was cancelled")
+            return Decision("slurm", "Slurm decides, or has decided already")
     stalled = _in_a_row(history, lambda attempt: attempt.ended <= attempt.began)
     if stalled >= caps.stalled:
         return Decision("stop", f"{_count(stalled, 'attempt')} in a row brought no new step to a checkpoint")
@@ -146,26 +147,30 @@ def _ordinal(number: int) -> str:
 # --- the cause -----------------------------------------------------------------------------------------------------
 
 
-def cause_of(state: dict[str, Any] | None, *, exit_code: int, facts: JobFacts | None, now: float) -> tuple[Cause, str]:
+def cause_of(state: dict[str, Any] | None, *, exit_code: int, facts: JobFacts | None, restart: int,
+             now: float) -> tuple[Cause, str]:
     """What ended an attempt, and why in words: pure.
 
     Args:
         state: state.json if this very attempt wrote it, else None.
         exit_code: srun's.
         facts: what Slurm says of the job now, None where it can't be asked.
+        restart: SLURM_RESTART_COUNT of this attempt.
         now: unix time.
     """
     status = state["status"] if state else ""
     if state and status == "finished":
         return Cause.FINISHED, ""
-    if facts is not None and facts.state not in ("RUNNING", "TIMEOUT"):
-        return Cause.SLURM, f"the job is {facts.state}"
+    if facts is not None and facts.restarts > restart:
+        return Cause.SLURM, "Slurm is requeueing the job: preempted, a lost node, or scontrol requeue"
+    if facts is not None and facts.state in ENDED and not _time_is_up(facts, now=now):
+        return Cause.STOPPED, f"the job was cancelled (it is {facts.state})"
     if state and status == "preempted":
         return _cause_of_stop(str(state.get("why")), facts=facts, now=now)
     if state and status == "failed":
         failure = state.get("failure") or {}
         return KINDS.get(failure.get("kind", ""), Cause.BUG), str(state.get("why", ""))
-    if facts is not None and facts.state == "TIMEOUT":
+    if facts is not None and _time_is_up(facts, now=now):
         return Cause.WALLTIME, "the time limit came before the ranks had left"
     # No word of this attempt's ranks.
     if exit_code == EXIT_FINISHED:
@@ -181,13 +186,21 @@ def cause_of(state: dict[str, Any] | None, *, exit_code: int, facts: JobFacts | 
     return Cause.BUG, f"the ranks ended with {exit_code} before they could say why: see the log above"
 
 
+def _time_is_up(facts: JobFacts, *, now: float) -> bool:
+    """Whether the job is over its time limit: while it is COMPLETING, Slurm doesn't say TIMEOUT."""
+    if facts.state == "TIMEOUT":
+        return True
+    return (facts.start_time is not None and facts.time_limit is not None
+            and now - facts.start_time >= facts.time_limit)
+
+
 def _cause_of_stop(why: str, *, facts: JobFacts | None, now: float) -> tuple[Cause, str]:
     """What stood behind a stop that the ranks agreed on."""
     if why in ("INT", "HUP", "STOP file"):
         return Cause.STOPPED, why
     if facts is not None and facts.preempt_time is not None:
         return Cause.PREEMPTED, f"{why}: Slurm is preempting the job"
-    if facts is not None and facts.state == "TIMEOUT":
+    if facts is not None and _time_is_up(facts, now=now):
         return Cause.WALLTIME, f"{why}: the time is up"
     if why == "TERM":
         if facts is None:

@@ -33,7 +33,8 @@ def test_what_is_no_node_list(text: str) -> None:
         hosts_of(text)
 
 
-@pytest.mark.parametrize(("text", "counts"), [("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("1(x2)", [1, 1]), ("8,7", [8, 7])])
+@pytest.mark.parametrize(("text", "counts"), [
+    ("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("1(x2)", [1, 1]), ("8,7", [8, 7])])
 def test_tasks_per_node(text: str, counts: list[int]) -> None:
     """Slurm's short form of tasks per node is written out."""
     assert tasks_per_node(text) == counts

@@ -114,13 +114,13 @@ def test_missing_ranks_are_named() -> None:
     met = gather("test.missing", size=6, absent=(2, 3, 5), timeout=1.5)
     assert time.monotonic() - began < 15
     for future in met.values():
-        with pytest.raises(Unreachable, match=r"n2 \(ranks 2, 3\); n3 \(rank 5\) didn't reach localhost:\d+ within 2 s"):
+        with pytest.raises(Unreachable, match=r"n2 \(ranks 2, 3\); n3 \(rank 5\) didn't reach localhost:\d+ within"):
             future.result()
 
 
 def test_unreachable_head_is_named() -> None:
     """A head that doesn't answer is named by the rank that calls it, with its address, ports and the last error."""
-    with pytest.raises(Unreachable, match=r"\(rank 1\) can't reach the head node localhost \(.+\) .*Connection refused"):
+    with pytest.raises(Unreachable, match=r"\(rank 1\) can't reach the head node localhost \(.+\) .*refused"):
         meet("test.nobody", rank=1, size=2, head=HEAD, hosts=["n1", "n1"], timeout=0.5)
 
 

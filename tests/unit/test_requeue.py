@@ -18,9 +18,11 @@ def attempts(*causes: Cause, progress: int = 5, seconds: float = 100.0) -> list[
             for number, cause in enumerate(causes)]
 
 
-def facts(state: str = "RUNNING", *, preempt_time: float | None = None, end_time: float | None = 10_000.0) -> JobFacts:
-    return JobFacts(job="12", raw="12", name="run", state=state, reason="None", partition="low", requeue=True, restarts=0,
-                    time_limit=3600.0, start_time=0.0, end_time=end_time, preempt_time=preempt_time)
+def facts(state: str = "RUNNING", *, preempt_time: float | None = None, restarts: int = 1) -> JobFacts:
+    """A job that began at 6,400 and may run to 10,000 (unix time), in its second start."""
+    return JobFacts(job="12", raw="12", name="run", state=state, reason="None", partition="low", requeue=True,
+                    restarts=restarts, time_limit=3600.0, start_time=6_400.0, end_time=10_000.0,
+                    preempt_time=preempt_time)
 
 
 def state(status: str, **changes: Any) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def test_decisions_are_pure() -> None:
 
 # --- the cause -----------------------------------------------------------------------------------------------------
 
-SOON, LATER = 10_000.0 - 60.0, 10_000.0 - 3000.0  # unix times before the job's end
+SOON, LATER, OVER = 10_000.0 - 60.0, 10_000.0 - 3000.0, 10_001.0  # unix times before and after the job's end
 
 
 @pytest.mark.parametrize(("told", "code", "job", "now", "cause"), [
@@ -150,9 +152,11 @@ SOON, LATER = 10_000.0 - 60.0, 10_000.0 - 3000.0  # unix times before the job's 
     (state("preempted", why="deadline"), EXIT_STOPPED, None, LATER, Cause.WALLTIME),
     # TERM: a preemption's, Slurm's own end of the job, or by hand.
     (state("preempted", why="TERM"), EXIT_STOPPED, facts(preempt_time=LATER), LATER, Cause.PREEMPTED),
-    (state("preempted", why="TERM"), EXIT_STOPPED, facts("COMPLETING"), LATER, Cause.SLURM),
-    (state("preempted", why="TERM"), EXIT_STOPPED, facts("CANCELLED"), LATER, Cause.SLURM),
-    (state("preempted", why="TERM"), EXIT_STOPPED, facts("PENDING"), LATER, Cause.SLURM),
+    (state("preempted", why="TERM"), EXIT_STOPPED, facts("COMPLETING"), LATER, Cause.STOPPED),  # scancel
+    (state("preempted", why="TERM"), EXIT_STOPPED, facts("CANCELLED"), LATER, Cause.STOPPED),
+    (state("preempted", why="TERM"), EXIT_STOPPED, facts("COMPLETING", restarts=2), LATER, Cause.SLURM),  # requeued
+    (state("preempted", why="TERM"), EXIT_STOPPED, facts("PENDING", restarts=2), LATER, Cause.SLURM),
+    (state("preempted", why="TERM"), EXIT_STOPPED, facts("COMPLETING"), OVER, Cause.WALLTIME),
     (state("preempted", why="TERM"), EXIT_STOPPED, facts(), LATER, Cause.STOPPED),
     (state("preempted", why="TERM"), EXIT_STOPPED, None, LATER, Cause.SLURM),
     (state("preempted", why="TERM"), EXIT_STOPPED, facts("TIMEOUT"), SOON, Cause.WALLTIME),
@@ -166,7 +170,9 @@ SOON, LATER = 10_000.0 - 60.0, 10_000.0 - 3000.0  # unix times before the job's 
         ("network", Cause.NETWORK), ("device", Cause.DEVICE), ("memory", Cause.MEMORY),
         ("nonfinite", Cause.NONFINITE), ("disk", Cause.DISK), ("", Cause.BUG)]),
     (state("failed"), EXIT_FAILED, facts(), LATER, Cause.BUG),
-    (state("failed", failure={"kind": "network"}), EXIT_FAILED, facts("COMPLETING"), LATER, Cause.SLURM),  # node lost
+    (state("failed", failure={"kind": "network"}), EXIT_FAILED, facts("COMPLETING", restarts=2), LATER,
+     Cause.SLURM),  # a node was lost
+    (state("failed", failure={"kind": "network"}), EXIT_FAILED, facts("COMPLETING"), LATER, Cause.STOPPED),
     # Failures without a word.
     (state("running"), 137, facts(), LATER, Cause.DEAD),
     (None, 137, facts(), LATER, Cause.DEAD),
@@ -175,8 +181,10 @@ SOON, LATER = 10_000.0 - 60.0, 10_000.0 - 3000.0  # unix times before the job's 
     (None, EXIT_UNAVAILABLE, facts(), LATER, Cause.NETWORK),
     (None, EXIT_FAILED, facts(), LATER, Cause.BUG),
     (None, 127, facts(), LATER, Cause.BUG),
-    (state("running"), EXIT_FAILED, facts("TIMEOUT"), SOON, Cause.WALLTIME),
-    (None, 137, facts("COMPLETING"), LATER, Cause.SLURM),
+    (state("running"), EXIT_FAILED, facts("TIMEOUT"), OVER, Cause.WALLTIME),
+    (state("running"), 137, facts("COMPLETING"), OVER, Cause.WALLTIME),
+    (None, 137, facts("COMPLETING"), LATER, Cause.STOPPED),
+    (None, 137, facts("COMPLETING", restarts=2), LATER, Cause.SLURM),
     # Stop signals that came before the ranks could say so.
     (None, 128 + 12, facts(), SOON, Cause.WALLTIME),
     (None, 128 + 12, facts(), LATER, Cause.WARNED),
@@ -186,4 +194,4 @@ SOON, LATER = 10_000.0 - 60.0, 10_000.0 - 3000.0  # unix times before the job's 
 ])
 def test_cause(told: dict[str, Any] | None, code: int, job: JobFacts | None, now: float, cause: Cause) -> None:
     """Each end of an attempt is put down to its cause, from state.json, srun's exit code and Slurm's word."""
-    assert cause_of(told, exit_code=code, facts=job, now=now)[0] == cause
+    assert cause_of(told, exit_code=code, facts=job, restart=1, now=now)[0] == cause
