@@ -15,6 +15,22 @@ EXIT_INTERRUPTED = 130  # a second Ctrl-C: left at once, nothing saved
 class UserError(ValueError):
     """A mistake the user can mend: the message states the rule, what was found and what to change."""
 
+    kind = "user"  # of failure, as state.json tells it to whoever decides about another start
+
+
+class OutOfMemory(UserError):
+    """The device's (or the host's) memory doesn't hold a micro-batch."""
+
+    kind = "memory"
+
+
+class Diverged(UserError):
+    """Update after update was skipped because the gradients were not finite."""
+
+    kind = "nonfinite"
+
 
 class RunFailed(RuntimeError):
     """The run can't go on; one line that names rank, host, step and cause has been (or will be) printed."""
+
+    kind = "disk"

@@ -22,6 +22,7 @@ from alexnet_ddp.errors import UserError
 from alexnet_ddp.run import RunDirectory, Start
 from alexnet_ddp.sinks import say
 from alexnet_ddp.stop import STOP_FILE
+from alexnet_ddp.watchdog import Failure
 
 STRAGGLE = 0.2  # share of the time that a rank may wait for data before it is named
 PATIENCE = 200  # steps in which any net may stand at chance
@@ -49,8 +50,9 @@ class Report:
             directory.write_state(
                 "running", exact=start.exact, why_not_exact=start.why_not_exact, step=place["step"],
                 epoch=place["epoch"], total_steps=total_steps, attempt=start.attempt, best=place["best"],
-                decoder=lineage["decoder"], world_size=world.size, host=world.host, pid=os.getpid(),
-                last_checkpoint=start.resumed_from)
+                decoder=lineage["decoder"], world_size=world.size, nodes=world.nodes, host=world.host,
+                pid=os.getpid(), last_checkpoint=start.resumed_from, step_seconds=directory.known.get("step_seconds"),
+                save_seconds=directory.known.get("save_seconds"))
         except OSError as error:
             raise UserError(f"The run directory {run_dir} can't be written: {error.strerror or error}. "
                             "Choose another with runs=...") from None
@@ -61,6 +63,7 @@ class Report:
         self._saved = time.monotonic()  # when the last save began
         self._warned = False  # of a state.json that can't be written
         self._asked = False  # for a save, of all ranks
+        self.step_seconds = 0.0  # the slowest step so far
 
     def greet(self, *, data: Data, world: World, parameters: int, device: str, step: int) -> None:
         """Who trains what on what, and from where it goes on."""
@@ -144,12 +147,14 @@ class Report:
 
     # --- state.json, and the end --------------------------------------------------------------------------------
 
-    def status(self, status: str, *, place: dict[str, Any], why: str = "") -> None:
+    def status(self, status: str, *, place: dict[str, Any], why: str = "", failure: Failure | None = None) -> None:
         last = self.writer.last
+        took = {"step_seconds": self.step_seconds, "save_seconds": self.save_seconds}
         try:
             self._directory.write_state(
-                status, why=why, step=place["step"], epoch=place["epoch"], best=place["best"],
-                last_checkpoint=str(last.path) if last else self._start.resumed_from)
+                status, why=why, failure=failure, step=place["step"], epoch=place["epoch"], best=place["best"],
+                last_checkpoint=str(last.path) if last else self._start.resumed_from,
+                **{name: round(seconds, 3) for name, seconds in took.items() if seconds})
         except OSError as error:
             if not self._warned and status != "failed":  # then the line about the failure is the last
                 say(f"state.json can't be written ({error.strerror}).")
@@ -171,11 +176,12 @@ class Report:
             self.status("finished", place=place)
             say_finished(self._config, place["step"], place["best"], planned=self._total)
 
-    def fail(self, why: str, *, place: dict[str, Any]) -> None:
-        """The job is failing: a save under way is finished, and state.json says why."""
+    def fail(self, failure: Failure, *, place: dict[str, Any]) -> None:
+        """The job is failing, and its last line is out: a save under way is finished, and state.json says why."""
+        self.writer.log = lambda _: None
         with contextlib.suppress(Exception):
             self.writer.wait()
-        self.status("failed", place=place, why=why)
+        self.status("failed", place=place, why=failure.line(), failure=failure)
         self._directory.close()
 
 

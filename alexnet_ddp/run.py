@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.distributed import World, everywhere, on_rank_0
-from alexnet_ddp.errors import UserError
+from alexnet_ddp.errors import RunFailed, UserError
 from alexnet_ddp.lease import Lease
 from alexnet_ddp.runfiles import STATE, read_state
 from alexnet_ddp.schedule import learning_rate
@@ -46,36 +49,39 @@ class Start:
 class RunDirectory:
     """Holds the lease of a run directory and writes its state.json."""
 
-    def __init__(self, config: Config, *, fresh: bool) -> None:
-        """Raises UserError when another process owns it, or when it can't be written."""
+    def __init__(self, config: Config, *, fresh: bool, wait: bool = True) -> None:
+        """Raises UserError when another process owns it, or when it can't be written.
+
+        `wait`: for a sign of life of an owner that may be gone; otherwise such a directory counts as owned.
+        """
         self.path = config.run_dir
-        self._job = os.environ.get("SLURM_JOB_ID")
-        self._restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self._lease = self._acquire()
+        self.job = job_of(os.environ)
+        self._lease = self._acquire(wait=wait)
         if fresh and any(self.path.glob("checkpoints/*")):
             self._lease.release()
             aside = _free_name(self.path)
             os.rename(self.path, aside)
             say(f"--fresh: the old run was kept as {aside}")
-            self._lease = self._acquire()
+            self._lease = self._acquire(wait=wait)
         self.known = read_state(self.path)
         if not isinstance(self.known.get("attempt"), int):
             self.known["attempt"] = 0
 
-    def _acquire(self) -> Lease:
-        return Lease.acquire(self.path, job=self._job, restart=self._restart, log=say)
+    def _acquire(self, *, wait: bool) -> Lease:
+        return Lease.acquire(self.path, job=self.job["job"], restart=self.job["restart"], wait=wait, log=say)
 
     def guard(self) -> None:
         """Raises LeaseLost when another process owns the directory now."""
         self._lease.check()
 
-    def write_state(self, status: str, *, why: str = "", **facts: Any) -> None:
+    def write_state(self, status: str, *, why: str = "", failure: Failure | None = None, **facts: Any) -> None:
         """Replaces state.json: status is running, preempted, finished or failed; `why` says why in words.
 
         Raises LeaseLost when another process owns the directory now: its state is not ours to tell.
         """
         self.guard()
-        self.known |= {"status": status, "why": why, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
+        self.known |= {"status": status, "why": why, "failure": failure.record() if failure else None, **self.job,
+                       "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
         files.replace(self.path / STATE, content=(json.dumps(self.known, indent=1) + "\n").encode())
 
     def confirm_finished(self, start: Start) -> None:
@@ -86,7 +92,7 @@ class RunDirectory:
 
     def write_failed(self, failure: Failure) -> None:
         """The job is failing before its report has begun."""
-        self.write_state("failed", why=failure.line())
+        self.write_state("failed", why=failure.line(), failure=failure)
         self.close()
 
     def close(self) -> None:
@@ -121,6 +127,29 @@ class RunDirectory:
         # Only a run that has ended in good order is over: one that was killed in its last evaluation is not.
         start.finished = start.state.step >= total and start.state.phase == "train"
         return start
+
+
+def job_of(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The Slurm job that this process belongs to, as state.json tells it: job, restart, array."""
+    array = [environment.get(name, "") for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")]
+    return {"job": environment.get("SLURM_JOB_ID"), "restart": int(environment.get("SLURM_RESTART_COUNT") or 0),
+            "array": "_".join(array) if all(array) else None}
+
+
+def write_refused(config: Config, directory: RunDirectory | None, mistake: UserError) -> None:
+    """In a Slurm job the batch shell learns from state.json that an attempt was refused while it was set up.
+
+    `directory` is None when the mistake was found before it was taken. One that another process owns is left alone, as
+    is a finished run. Never raises: the mistake itself is what the user must be told.
+    """
+    if job_of(os.environ)["job"] is None:
+        return
+    with contextlib.suppress(OSError, UserError, RunFailed):
+        directory = directory or RunDirectory(config, fresh=False, wait=False)
+        if directory.known.get("status") != "finished":
+            failure = Failure(0, socket.gethostname(), directory.known.get("step") or 0, str(mistake), "user")
+            directory.write_state("failed", why=str(mistake), failure=failure)
+        directory.close()
 
 
 def check_shared(world: World, run_dir: Path) -> None:
@@ -194,7 +223,7 @@ def lineage_of(config: Config, *, start: Start, numeric: dict[str, Any], identit
         "attempt": start.attempt, "exact": start.exact, "why_not_exact": start.why_not_exact,
         "alexnet_ddp": alexnet_ddp.__version__, "torch": str(torch.__version__),
         "python": platform.python_version(), "host": platform.node(), "code": git_state(),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        **job_of(os.environ),
     }
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import time
@@ -27,13 +28,13 @@ from alexnet_ddp.data.order import check_owner
 from alexnet_ddp.data.randomness import dropout_rows, key
 from alexnet_ddp.data.training import Data, largest_part, open_data, training_works
 from alexnet_ddp.distributed import World, everywhere, first_on_node, on_rank_0
-from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
+from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
 from alexnet_ddp.evaluate import TILE, evaluate, view_of
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models import create_model
 from alexnet_ddp.optim import create_optimizer, create_scaler, named_state
 from alexnet_ddp.report import Report, say_finished
-from alexnet_ddp.run import RunDirectory, Start, check_shared, lineage_of
+from alexnet_ddp.run import RunDirectory, Start, check_shared, lineage_of, write_refused
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.step import MicroBatch, Step, sync_debug, wrap
 from alexnet_ddp.stop import CAUSES, StopRequests, deadline_from, lead_time
@@ -51,7 +52,12 @@ def train(config: Config, *, requests: StopRequests, fresh: bool = False, accept
     Whatever else goes wrong on a rank ends the whole job at once, with one line that names the rank.
     """
     started = time.time()
-    world = distributed.join(device=config.device, timeout=config.limits.first_step + 60)
+    try:
+        world = distributed.join(device=config.device, timeout=config.limits.first_step + 60)
+    except UserError as mistake:
+        if distributed.environment_rank() == 0:
+            write_refused(config, None, mistake)
+        raise
     watchdog = Watchdog(world, run_dir=config.run_dir, requests=requests, step_limit=config.limits.step,
                         first_limit=config.limits.first_step)
     data: Data | None = None
@@ -72,20 +78,34 @@ def train(config: Config, *, requests: StopRequests, fresh: bool = False, accept
         check_shared(world, config.run_dir)
 
         trainer = Trainer(config, world, data, directory, watchdog=watchdog, requests=requests, started=started)
-        if not trainer.prepare(accept_changes=accept_changes):
-            return EXIT_FINISHED  # it was finished already
-        return trainer.run()
-    except UserError:
-        raise  # while setting up: all ranks raise the same
+        going_on = trainer.prepare(accept_changes=accept_changes)
+        code = trainer.run() if going_on else EXIT_FINISHED  # it was finished already
+        let_go(world, data, directory)
+    except UserError as mistake:  # while setting up: all ranks raise the same
+        if world.rank == 0:
+            write_refused(config, directory, mistake)
+        with contextlib.suppress(RuntimeError):  # a rank that is lost now must not hide the mistake
+            let_go(world, data, directory)
+        raise
     except Exception as error:
         watchdog.broke(error)
     finally:
         watchdog.close()
-        if data is not None:
-            data.close()
-        if directory is not None:
-            directory.close()
         distributed.leave()
+    return code
+
+
+def let_go(world: World, data: Data | None, directory: RunDirectory | None) -> None:
+    """Gives the run directory back, and returns once all ranks have come here.
+
+    A launcher may kill the other ranks when the first one leaves with another code than 0 (srun --kill-on-bad-exit):
+    by then nothing may be left to do.
+    """
+    if data is not None:
+        data.close()
+    if directory is not None:
+        directory.close()
+    dist.barrier(group=world.control)
 
 
 def prepare_torch(config: Config, world: World) -> None:
@@ -204,7 +224,7 @@ class Trainer:
         self.report = made[0] if made else None
         if self.report is not None:
             report = self.report
-            self.watchdog.on_failure = lambda failure: report.fail(failure.line(), place=self.place)
+            self.watchdog.on_failure = lambda failure: report.fail(failure, place=self.place)
         folder = config.run_dir / "trace"
         self.trace = everywhere(world, lambda: sinks.Trace(folder, world.rank) if config.log.trace else None)
 
@@ -217,7 +237,7 @@ class Trainer:
         try:
             return self._finish(self._loop())
         except torch.OutOfMemoryError:
-            self.watchdog.broke(UserError(out_of_memory(self.config, self.world)))
+            self.watchdog.broke(OutOfMemory(out_of_memory(self.config, self.world)))
         except UserError as error:  # of this rank alone, so that the others must be told
             self.watchdog.broke(error)
 
@@ -260,6 +280,8 @@ class Trainer:
         self._tick("start")
         self.watchdog.settle()
         self.slowest_step = max(self.slowest_step, time.monotonic() - began)
+        if self.report is not None:
+            self.report.step_seconds = self.slowest_step
 
     def _micro_batches(self, batches: Iterator[Batch], step: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches of a step, on the device and augmented."""
@@ -317,9 +339,9 @@ class Trainer:
 
     def _check_finite(self, in_a_row: int) -> None:
         if in_a_row >= self.config.limits.nonfinite:
-            raise UserError(f"The gradients were not finite in {in_a_row} steps in a row; the weights have not moved "
-                            f"since, and no checkpoint holds any of it. Lower optim.lr "
-                            f"({self.config.optim.lr:g}), set clip_norm, or use amp=bf16 instead of fp16.")
+            raise Diverged(f"The gradients were not finite in {in_a_row} steps in a row; the weights have not moved "
+                           f"since, and no checkpoint holds any of it. Lower optim.lr "
+                           f"({self.config.optim.lr:g}), set clip_norm, or use amp=bf16 instead of fp16.")
 
     # ------------------------------------------------------------------------------------------------------------
     # Evaluating, saving
@@ -392,7 +414,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------------
 
     def _finish(self, cause: str) -> int:
-        """All ranks leave together: the last save, why, and the exit code."""
+        """All ranks are done together: the last save, why, and the exit code."""
         self.agreement.settle()
         if self.saved_at != (self.place["step"], self.place["evaluated_step"]):
             self._save()
@@ -401,7 +423,6 @@ class Trainer:
             self.report.leave(place=self.place, cause=cause)
         if self.trace is not None:
             self.trace.close()
-        dist.barrier(group=self.world.control)
         return EXIT_STOPPED if cause else EXIT_FINISHED
 
     def _tick(self, stage: str) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,8 +21,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from alexnet_ddp.distributed import World, under_torchrun
@@ -40,7 +42,14 @@ LAST_WORDS = 25.0  # seconds a failing rank may take to say why: the disk may be
 # What a rank does between two counts of the steps done, in order; in "gather" and "reduce" it waits for the others.
 STAGES = ("start", "log", "evaluate", "gather", "save", "data", "compute", "reduce", "gradients")
 
+# What torch's libraries call a GPU that fails; torch has a class of its own only for some of it.
+DEVICE_ERROR = re.compile(r"\bcu(da|dnn|blas)\w* (error|failure)", re.IGNORECASE)
+
 Mark = tuple[int, int, int]  # how far a rank is: (step, stage number, ticks there so far)
+
+# What ended a job, for the one who decides about another start: `dead` a process or host that is gone, `hung` one that
+# made no progress, `network` a collective that broke though nobody is known to be dead, `bug` any other exception.
+Kind = Literal["user", "bug", "dead", "hung", "network", "device", "memory", "nonfinite", "disk"]
 
 
 @dataclass
@@ -51,6 +60,7 @@ class Failure:
     host: str
     step: int
     cause: str
+    kind: Kind
     detail: str = ""
     reported_by: int | None = None
     code: int = EXIT_FAILED  # exit code of all ranks
@@ -61,6 +71,11 @@ class Failure:
         by = "" if self.reported_by in (None, self.rank) else f" (reported by rank {self.reported_by})"
         cause = " ".join(self.cause.split())
         return f"alexnet-ddp: rank {self.rank} on {self.host} failed at step {self.step}: {cause}{by}"
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in state.json."""
+        return {"rank": self.rank, "host": self.host, "step": self.step, "cause": " ".join(self.cause.split()),
+                "kind": self.kind}
 
 
 class Watchdog:
@@ -115,7 +130,7 @@ class Watchdog:
         try:
             self._watch_until_done()
         except Exception as error:
-            self.fail(self._mine(f"the watchdog broke: {_first_line(error)}", traceback.format_exc()))
+            self.fail(self._mine(f"the watchdog broke: {_first_line(error)}", traceback.format_exc(), kind="bug"))
 
     def _watch_until_done(self) -> None:
         orphaned_at = 0.0
@@ -135,7 +150,7 @@ class Watchdog:
                 next_beat = now + BEAT
                 self._beat()
                 if self._told_by_another():  # a collective may wait for it for ever, rather than break
-                    self.fail(self._mine("another rank failed"))
+                    self.fail(self._mine("another rank failed", kind="network"))
             if now - self._since > self._limit:
                 self.stalled(now - self._since)
 
@@ -177,23 +192,24 @@ class Watchdog:
             behind = min(marks, key=lambda rank: marks[rank], default=self._world.rank)
             if behind != self._world.rank and marks[behind] < mark:
                 self.fail(self._of(behind, f"no progress for {seconds:.0f} s in stage "
-                                   f"'{STAGES[marks[behind][1]]}', the others wait for it", step=marks[behind][0]))
+                                   f"'{STAGES[marks[behind][1]]}', the others wait for it", kind="hung",
+                                   step=marks[behind][0]))
         stack = "".join(traceback.format_stack(sys._current_frames()[self._main]))
-        self.fail(self._mine(f"no progress for {seconds:.0f} s in stage '{STAGES[mark[1]]}'", stack))
+        self.fail(self._mine(f"no progress for {seconds:.0f} s in stage '{STAGES[mark[1]]}'", stack, kind="hung"))
 
     def broke(self, error: BaseException) -> NoReturn:
         """An exception that this rank can't go on after. Ends the job, named."""
-        detail = "".join(traceback.format_exception(error))
+        detail, kind = "".join(traceback.format_exception(error)), kind_of(error)
         if isinstance(error, UserError):
-            self.fail(self._mine(str(error), code=EXIT_USER))
+            self.fail(self._mine(str(error), kind=kind, code=EXIT_USER))
         if isinstance(error, RunFailed):
-            self.fail(self._mine(str(error), detail, told=False))
+            self.fail(self._mine(str(error), detail, kind=kind, told=False))
         if isinstance(error, OSError) and error.strerror:  # of the machine: full, gone, not allowed
             place = f" ({error.filename})" if error.filename else ""
-            self.fail(self._mine(error.strerror + place, detail, told=False))
-        if is_peer_loss(error):
+            self.fail(self._mine(error.strerror + place, detail, kind=kind, told=False))
+        if kind == "network":
             self._peer_lost(error)
-        self.fail(self._mine(f"{type(error).__name__}: {error}", detail))
+        self.fail(self._mine(f"{type(error).__name__}: {error}", detail, kind=kind))
 
     def _peer_lost(self, error: BaseException) -> NoReturn:
         """A collective broke under this rank: finds out who left, and leaves."""
@@ -202,7 +218,7 @@ class Watchdog:
             self._fail_for_the_lost_here()
             time.sleep(0.1)
         self._fail_for_a_silent_one()
-        self.fail(self._mine(f"lost the other ranks: {_first_line(error)}"))
+        self.fail(self._mine(f"lost the other ranks: {_first_line(error)}", kind="network"))
 
     def _fail_for_the_lost_here(self) -> None:
         lost = self._lost_here()
@@ -210,7 +226,7 @@ class Watchdog:
             time.sleep(0.5)  # it may have said why before it left
             rank, stopped = lost[0]
             cause = "its process is stopped (SIGSTOP)" if stopped else "its process is gone (killed, or out of memory)"
-            self.fail(self._of(rank, cause, silent=stopped))
+            self.fail(self._of(rank, cause, kind="hung" if stopped else "dead", silent=stopped))
 
     def _fail_for_a_silent_one(self) -> None:
         """Waits up to STALE seconds for a sign of life from every rank. Must not be called when all is well."""
@@ -220,14 +236,15 @@ class Watchdog:
             time.sleep(0.2)
         for rank, beat in self._beats().items():
             if rank != self._world.rank and first.get(rank) == beat:
-                self.fail(self._of(rank, "no sign of life from its process or its host", silent=True))
+                self.fail(self._of(rank, "no sign of life from its process or its host", kind="dead", silent=True))
 
-    def _mine(self, cause: str, detail: str = "", *, code: int = EXIT_FAILED, told: bool = True) -> Failure:
-        return Failure(self._world.rank, self._world.host, self._mark[0], cause, detail, code=code, told=told)
+    def _mine(self, cause: str, detail: str = "", *, kind: Kind, code: int = EXIT_FAILED, told: bool = True) -> Failure:
+        return Failure(self._world.rank, self._world.host, self._mark[0], cause, kind, detail, code=code, told=told)
 
-    def _of(self, rank: int, cause: str, *, step: int | None = None, silent: bool = False) -> Failure:
+    def _of(self, rank: int, cause: str, *, kind: Kind, step: int | None = None, silent: bool = False) -> Failure:
         """A failure of another rank; where all that is known of its step is its last beat, the job's counts."""
-        return Failure(rank, self._world.hosts[rank], self._mark[0] if step is None else step, cause, silent=silent)
+        step = self._mark[0] if step is None else step
+        return Failure(rank, self._world.hosts[rank], step, cause, kind, silent=silent)
 
     def fail(self, failure: Failure) -> NoReturn:
         """Says why unless another rank has, writes errors/rank_N.json, and leaves hard."""
@@ -335,6 +352,22 @@ def _connect() -> dist.Store:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def kind_of(error: BaseException) -> Kind:
+    """What an exception that ends a rank counts as."""
+    if isinstance(error, UserError | RunFailed):
+        return error.kind  # type: ignore[return-value]
+    host_memory = "DefaultCPUAllocator: can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or host_memory:
+        return "memory"
+    if isinstance(error, ConnectionError) or is_peer_loss(error):
+        return "network"
+    if isinstance(error, OSError):
+        return "disk"
+    if isinstance(error, torch.AcceleratorError) or DEVICE_ERROR.search(str(error)):
+        return "device"
+    return "bug"
 
 
 def is_peer_loss(error: BaseException) -> bool:

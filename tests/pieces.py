@@ -51,6 +51,21 @@ def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], environment: dic
     answer.write_bytes(pickle.dumps(result))
 
 
+def let_go_slowly(world: Any, folder: str) -> bool:
+    """Whether the run directory, which rank 0 takes a second to give back, is free when `train.let_go` returns."""
+    import time
+
+    from alexnet_ddp.train import let_go
+
+    class SlowDirectory:
+        def close(self) -> None:
+            time.sleep(1.0)
+            (Path(folder) / "lease.json").unlink()
+
+    let_go(world, None, SlowDirectory() if world.rank == 0 else None)  # type: ignore[arg-type]
+    return not (Path(folder) / "lease.json").exists()
+
+
 # --- one float64 training run -----------------------------------------------------------------------------------
 
 CLASSES, SIZE, SAMPLES = 4, 64, 26  # by 10: two whole batches and one of 6

@@ -48,6 +48,8 @@ class Damaged(Exception):
 class NotFinite(RunFailed):
     """Weights or optimizer state hold inf or nan: they are never published."""
 
+    kind = "nonfinite"
+
 
 @dataclass(frozen=True)
 class Manifest:

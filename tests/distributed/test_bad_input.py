@@ -56,6 +56,21 @@ def test_refused(recipe: Path, kept: Path, what: str) -> None:
     assert not list(recipe.parent.glob("runs/new/checkpoints/*"))
 
 
+@pytest.mark.parametrize("what", ["missing training data", "image too small", "no GPU here"])
+def test_refused_in_a_slurm_job(recipe: Path, what: str) -> None:
+    """A mistake found before the ranks meet, before the directory is taken or after: state.json tells it for this job.
+    """
+    case, name = REFUSED[what], "refused_" + what.replace(" ", "_")
+    result = harness.run(["train", str(recipe), f"name={name}", *case.words(recipe.parent)], world=2,
+                         environment={"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"})
+    assert result.codes == [2, 2], result.output
+    check_one_message(result.output, *case.says)
+    state = json.loads((recipe.parent / "runs" / name / "state.json").read_text())
+    assert (state["status"], state["job"], state["restart"]) == ("failed", "77", 1)
+    assert state["failure"]["kind"] == "user" and all(part in state["failure"]["cause"] for part in case.says)
+    assert not (recipe.parent / "runs" / name / "lease.json").exists()
+
+
 def test_what_is_left_goes_on(recipe: Path, kept: Path) -> None:
     """After all those mistakes the right command finishes the run."""
     assert choose.choose(kept / "checkpoints").path is not None
@@ -105,9 +120,12 @@ def test_a_second_run_in_the_same_directory(recipe: Path) -> None:
     """While a run is alive, the same command again is refused at once, and the first doesn't notice."""
     first = harness.start(["train", str(recipe), "name=busy", "epochs=3000", "schedule.name=constant"], world=2)
     first.wait_for("step 4/")
-    second = harness.run(["train", str(recipe), "name=busy", "epochs=3000", "schedule.name=constant"], world=2)
+    second = harness.run(["train", str(recipe), "name=busy", "epochs=3000", "schedule.name=constant"], world=2,
+                         environment={"SLURM_JOB_ID": "77"})
     assert second.codes == [2, 2], second.output
     check_one_message(second.output, "is in use", "name=...")
+    state = json.loads((recipe.parent / "runs" / "busy" / "state.json").read_text())
+    assert (state["status"], state["job"]) == ("running", None)  # the first one's
     first.signal(15, rank=0)
     assert set(first.wait().codes) == {75}
 

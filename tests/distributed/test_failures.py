@@ -34,7 +34,8 @@ def fail(recipe: Path, name: str, *words: str, world: int = 3) -> harness.Result
     return result
 
 
-def check_told(result: harness.Result, run: Path, *, rank: int, step: int, cause: str, code: int = 1) -> dict[str, Any]:
+def check_told(result: harness.Result, run: Path, *, rank: int, step: int, cause: str, kind: str, code: int = 1
+               ) -> dict[str, Any]:
     """One line for all ranks, at the very end, with rank, host, step and cause; the same in errors/ and state.json."""
     lines = result.output.strip().splitlines()
     told = [line for line in lines if " failed at step " in line]
@@ -46,11 +47,12 @@ def check_told(result: harness.Result, run: Path, *, rank: int, step: int, cause
     (file,) = (run / "errors").glob("*.json")
     error: dict[str, Any] = json.loads(file.read_text())
     assert file.name == f"rank_{rank}.json"
-    assert (error["rank"], error["host"], error["step"]) == (rank, found[2], step)
+    assert (error["rank"], error["host"], error["step"], error["kind"]) == (rank, found[2], step, kind)
     assert {exit_code for exit_code in result.codes if exit_code != -9} == {code}, result.codes
     if result.codes[0] != -9:  # rank 0 writes it
         state = json.loads((run / "state.json").read_text())
         assert state["status"] == "failed" and state["why"] == told[0]
+        assert state["failure"] == {name: error[name] for name in ("rank", "host", "step", "cause", "kind")}
         assert not (run / "lease.json").exists()
     return error
 
@@ -63,24 +65,27 @@ def check_goes_on(recipe: Path, name: str) -> None:
     store.verify(chosen.path)
     result = harness.run(["train", str(recipe), f"name={name}"], world=3).check()
     assert "exact: yes" in result.output
-    assert json.loads((run / "state.json").read_text())["status"] == "finished"
+    state = json.loads((run / "state.json").read_text())
+    assert (state["status"], state["failure"], state["nodes"]) == ("finished", None, 1)
+    assert state["step_seconds"] > 0 and state["save_seconds"] > 0
 
 
 @pytest.mark.parametrize("rank", [1, 0])
-@pytest.mark.parametrize(("kind", "cause", "code"), [
-    ("kill", r"its process is gone \(killed, or out of memory\)", 1),
-    ("error", r"RuntimeError: this error was asked for", 1),
-    ("oom", r"out of memory with micro_batch=3, peak \d+ MB\. Set micro_batch=1; the global batch stays 10", 2),
-    ("hang", r"no progress for \d+ s in stage 'log'", 1),  # after the line of step 4
+@pytest.mark.parametrize(("fault", "cause", "kind", "code"), [
+    ("kill", r"its process is gone \(killed, or out of memory\)", "dead", 1),
+    ("error", r"RuntimeError: this error was asked for", "bug", 1),
+    ("oom", r"out of memory with micro_batch=3, peak \d+ MB\. Set micro_batch=1; the global batch stays 10", "memory",
+     2),
+    ("hang", r"no progress for \d+ s in stage 'log'", "hung", 1),  # after the line of step 4
 ])
-def test_one_of_three_ranks_fails(recipe: Path, kind: str, cause: str, code: int, rank: int) -> None:
+def test_one_of_three_ranks_fails(recipe: Path, fault: str, cause: str, kind: str, code: int, rank: int) -> None:
     """SIGKILL, an exception, out of memory, a hang on one of three ranks: named, all gone, the run can go on."""
-    name = f"{kind}{rank}"
-    result = fail(recipe, name, f"fault.kind={kind}", "fault.step=4", f"fault.rank={rank}")
-    error = check_told(result, recipe.parent / "runs" / name, rank=rank, step=4, cause=cause, code=code)
-    if kind == "hang":
+    name = f"{fault}{rank}"
+    result = fail(recipe, name, f"fault.kind={fault}", "fault.step=4", f"fault.rank={rank}")
+    error = check_told(result, recipe.parent / "runs" / name, rank=rank, step=4, cause=cause, kind=kind, code=code)
+    if fault == "hang":
         assert "time.sleep(3600)" in error["detail"] and "time.sleep(3600)" in result.output  # where it hangs
-    if kind in ("kill", "oom"):
+    if fault in ("kill", "oom"):
         assert "Traceback" not in result.output
     check_goes_on(recipe, name)
 
@@ -94,7 +99,8 @@ def test_a_stopped_process_is_named_and_ended(recipe: Path, rank: int) -> None:
     ranks.signal(signal.SIGSTOP, rank=rank)
     result = ranks.wait(timeout=GONE)
     step = int(re.findall(r"failed at step (\d+)", result.output)[0])
-    check_told(result, recipe.parent / "runs" / name, rank=rank, step=step, cause=r"its process is stopped \(SIGSTOP\)")
+    check_told(result, recipe.parent / "runs" / name, rank=rank, step=step, kind="hung",
+               cause=r"its process is stopped \(SIGSTOP\)")
     assert result.codes[rank] == -9
 
 
@@ -120,7 +126,7 @@ def test_a_hang_in_an_evaluation(recipe: Path, rank: int) -> None:
     """A rank that hangs within an evaluation is named, not one of those that wait for it."""
     name = f"evaluation{rank}"
     result = fail(recipe, name, "fault.kind=hang", "fault.at=evaluate", "fault.step=3", f"fault.rank={rank}")
-    check_told(result, recipe.parent / "runs" / name, rank=rank, step=3,
+    check_told(result, recipe.parent / "runs" / name, rank=rank, step=3, kind="hung",
                cause=r"no progress for \d+ s in stage 'evaluate'")
     check_goes_on(recipe, name)
 
@@ -128,9 +134,9 @@ def test_a_hang_in_an_evaluation(recipe: Path, rank: int) -> None:
 def test_an_error_in_an_evaluation_and_one_in_a_save(recipe: Path) -> None:
     """Exceptions at the other places where ranks wait for each other end the job as quickly."""
     result = fail(recipe, "evaluation_error", "fault.kind=error", "fault.at=evaluate", "fault.step=3", "fault.rank=1")
-    check_told(result, recipe.parent / "runs" / "evaluation_error", rank=1, step=3, cause="RuntimeError")
+    check_told(result, recipe.parent / "runs" / "evaluation_error", rank=1, step=3, cause="RuntimeError", kind="bug")
     result = fail(recipe, "save_error", "fault.kind=error", "fault.at=save", "fault.step=3", "fault.rank=0")
-    check_told(result, recipe.parent / "runs" / "save_error", rank=0, step=3, cause="RuntimeError")
+    check_told(result, recipe.parent / "runs" / "save_error", rank=0, step=3, cause="RuntimeError", kind="bug")
     check_goes_on(recipe, "save_error")
 
 
@@ -141,7 +147,7 @@ def test_a_rank_that_dies_while_setting_up(recipe: Path) -> None:
         time.sleep(0.01)
     ranks.signal(signal.SIGKILL, rank=2)
     result = ranks.wait(timeout=GONE)
-    check_told(result, recipe.parent / "runs" / "early", rank=2, step=0, cause="its process is gone")
+    check_told(result, recipe.parent / "runs" / "early", rank=2, step=0, cause="its process is gone", kind="dead")
 
 
 def test_all_ranks_out_of_memory_at_once(recipe: Path) -> None:

@@ -114,7 +114,8 @@ def test_too_many_in_a_row_end_the_run(recipe: Path) -> None:
     assert result.codes == [2, 2, 2] and "Traceback" not in result.output
     lines = [line for line in result.output.splitlines() if "failed at step 5" in line]
     assert len(lines) == 1 and "not finite in 3 steps in a row" in lines[0] and "optim.lr" in lines[0]
-    assert json.loads((path / "state.json").read_text())["status"] == "failed"
+    state = json.loads((path / "state.json").read_text())
+    assert state["status"] == "failed" and state["failure"]["kind"] == "nonfinite"
     chosen = choose.choose(path / "checkpoints").path
     assert chosen is not None and chosen.name <= "step_00000004"
     assert all(np.isfinite(value).all() for value in tensors(chosen, "model").values())

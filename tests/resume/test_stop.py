@@ -4,9 +4,11 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+import pieces
 from alexnet_ddp.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from harness import Result
 from twins import Bench, Run, fault, in_sessions, resumed_at
@@ -38,6 +40,13 @@ def test_signals(bench: Callable[..., Bench], world: int, everyone: bool) -> Non
     result = run.go().check()
     assert resumed_at(result.output) == step
     here.check_equal(run)
+
+
+def test_no_rank_leaves_before_all_is_done(tmp_path: Path) -> None:
+    """srun kills the other ranks when the first leaves with 75: by then the slow rank 0 has given the directory back.
+    """
+    (tmp_path / "lease.json").touch()
+    assert pieces.on_ranks(pieces.let_go_slowly, str(tmp_path), world=2) == [True, True]
 
 
 def test_stop_file_and_deadlines(bench: Callable[..., Bench]) -> None:

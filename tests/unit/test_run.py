@@ -10,8 +10,9 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.run import RunDirectory, check_data, check_recipe
+from alexnet_ddp.run import RunDirectory, check_data, check_recipe, job_of, write_refused
 from alexnet_ddp.runfiles import read_state
+from alexnet_ddp.watchdog import Failure
 
 ORDER = Order(1000, global_batch=10, seed=0, shards=4, identity="ab" * 32)  # 100 steps an epoch
 
@@ -144,6 +145,72 @@ def test_state_json(tmp_path: Path) -> None:
         (config.run_dir / "state.json").write_text(text)
         assert read_state(config.run_dir) == {}
     assert read_state(tmp_path / "none") == {}
+
+
+JOB = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2", "SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "0"}
+
+
+def test_job() -> None:
+    """The job, its restart and its place in an array, as Slurm's variables tell; Slurm sets no count at a first start.
+    """
+    assert job_of(JOB) == {"job": "77", "restart": 2, "array": "75_0"}
+    assert job_of({"SLURM_JOB_ID": "8"}) == {"job": "8", "restart": 0, "array": None}
+    assert job_of({}) == {"job": None, "restart": 0, "array": None}
+
+
+def test_failure_in_state_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """state.json tells a failure with its kind and its job, and the next attempt's state tells of none."""
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    config = recipe(runs=str(tmp_path))
+    RunDirectory(config, fresh=False).write_failed(Failure(1, "n2", 4, "its process is gone", "dead", reported_by=0))
+    state = read_state(config.run_dir)
+    assert (state["status"], state["job"], state["restart"], state["array"]) == ("failed", "77", 2, "75_0")
+    assert state["failure"] == {"rank": 1, "host": "n2", "step": 4, "cause": "its process is gone", "kind": "dead"}
+    assert state["why"].endswith("rank 1 on n2 failed at step 4: its process is gone (reported by rank 0)")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    directory = RunDirectory(config, fresh=False)
+    directory.write_state("running", step=0)
+    directory.close()
+    state = read_state(config.run_dir)
+    assert (state["status"], state["why"], state["failure"], state["restart"]) == ("running", "", None, 3)
+
+
+def test_refused_in_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake found while an attempt is set up stands in state.json for its job; outside of a job nothing is touched.
+    """
+    config, mistake = recipe(runs=str(tmp_path)), UserError("data.train=/x: nothing is there.\nName a folder.")
+    write_refused(config, None, mistake)
+    assert not config.run_dir.exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    write_refused(config, None, mistake)
+    state = read_state(config.run_dir)
+    assert (state["status"], state["job"], state["restart"], state["attempt"]) == ("failed", "77", 0, 0)
+    assert state["why"] == str(mistake) and state["failure"]["cause"] == " ".join(str(mistake).split())
+    assert (state["failure"]["rank"], state["failure"]["kind"]) == (0, "user")
+    assert not (config.run_dir / "lease.json").exists()
+
+
+def test_refused_leaves_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of a run that another process owns, or perhaps owns, and of a finished one, is not touched."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    config, mistake = recipe(runs=str(tmp_path)), UserError("no")
+    owner = RunDirectory(config, fresh=False)
+    owner.write_state("running", step=3)
+    before = (config.run_dir / "state.json").read_bytes()
+    write_refused(config, None, mistake)
+    owner.guard()
+    owner.close()
+    lease = {"host": "elsewhere", "boot": "b", "pid": 1, "token": "t", "job": "76", "ttl": 60.0}
+    (config.run_dir / "lease.json").write_text(json.dumps(lease))
+    write_refused(config, None, mistake)
+    assert json.loads((config.run_dir / "lease.json").read_text()) == lease
+    assert (config.run_dir / "state.json").read_bytes() == before
+    (config.run_dir / "lease.json").unlink()
+    directory = RunDirectory(config, fresh=False)
+    directory.write_state("finished", step=9)
+    write_refused(config, directory, mistake)
+    assert read_state(config.run_dir)["status"] == "finished"
 
 
 def test_fresh_keeps_the_old_run(tmp_path: Path) -> None:
