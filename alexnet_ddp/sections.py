@@ -143,9 +143,10 @@ class LimitSection(Section):
 class FaultSection(Section):
     """A fault on purpose, for drills: `fault.kind=kill fault.rank=1 fault.step=37`."""
 
-    kind: Literal["none", "kill", "hang", "error", "inf", "signal", "oom"] = field("none", "free", "what")
+    kind: Literal["none", "kill", "hang", "error", "inf", "signal", "slow", "oom"] = field("none", "free", "what")
     at: Literal["step", "evaluate", "save"] = field("step", "free", "where: after that step, or within")
     step: int = field(0, "free", "steps done when it strikes", ge=0)
-    times: int = field(1, "free", "for kind: inf: in so many steps in a row", ge=1)
+    times: int = field(1, "free", "for kind: inf or slow: in so many steps in a row", ge=1)
     rank: int = field(0, "free", "which rank; -1: all", ge=-1)
     signal: Literal["INT", "TERM", "HUP", "USR1", "USR2"] = field("USR1", "free", "for kind: signal")
+    seconds: float = field(1.0, "free", "for kind: slow: how long it sleeps", gt=0.0)
