@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterable
@@ -33,10 +34,20 @@ def ask(words: list[str], *, timeout: float = PATIENCE) -> Answer | None:
                    if not name.startswith(("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_"))}
     environment |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     try:
-        done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout)
-    except (OSError, subprocess.TimeoutExpired):
+        # A session of its own, so that what a site's wrapper script has started can be ended with it.
+        command = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, start_new_session=True)
+    except OSError:
         return None
-    return Answer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+    try:
+        text, errors = command.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
+            command.communicate()
+    return Answer(command.returncode, text.decode(errors="replace"), errors.decode(errors="replace"))
 
 
 def _text(words: list[str], timeout: float) -> str | None:
@@ -87,8 +98,9 @@ def _words(line: str) -> dict[str, str]:
     """Slurm's `Key=value Key=value` line. Values may hold spaces and equal signs: of two keys the first one counts."""
     found: dict[str, str] = {}
     keys = list(re.finditer(r"(?:^|(?<=\s))([A-Za-z][\w/:.\[\]]*)=", line))
-    for key, after in zip(keys, [*keys[1:], None], strict=True):
-        found.setdefault(key[1], line[key.end():after.start() if after else len(line)].strip())
+    ends = [key.start() for key in keys[1:]] + [len(line)]
+    for key, end in zip(keys, ends, strict=False):
+        found.setdefault(key[1], line[key.end():end].strip())
     return found
 
 
@@ -157,6 +169,10 @@ def job_facts(job: str, *, timeout: float = PATIENCE) -> JobFacts | None:
 # --- jobs: squeue and sacct -------------------------------------------------------------------------------------
 
 
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+STARTED = {"CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
+
+
 @dataclass(frozen=True)
 class Queued:
     """A job in the queue, or lately there."""
@@ -169,6 +185,15 @@ class Queued:
     partition: str
     start_time: float | None  # of a pending job: when Slurm expects to start it
     nodes: str
+
+    @property
+    def waiting(self) -> bool:
+        return self.state in WAITING
+
+    @property
+    def living(self) -> bool:
+        """It runs, or may still."""
+        return self.state in WAITING | STARTED
 
 
 QUEUE = "%i|%A|%T|%P|%S|%N|%r|%j"  # the name last: it may hold anything
