@@ -52,7 +52,8 @@ def words(length: float) -> str:
         return "no limit"
     if length < 10 and length != int(length):
         return f"{length:.1f}s"
-    left, parts = round(length), []
+    left = round(length)
+    parts: list[str] = []
     for unit, size in reversed(UNITS.items()):
         number, left = divmod(left, size)
         if number or (parts and left):
