@@ -19,6 +19,9 @@ ABOUT = """alexnet-ddp: the ImageNet trainer that survives a cluster.
 usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND ...)
 
   train CONFIG [key=value ...]        train, or go on with, the run that CONFIG names
+  submit CONFIG [key=value ...]       the same on a SLURM cluster, requeued and resumed with nobody watching
+  status [RUN ...]                    where runs stand, and why
+  doctor slurm                        what this cluster's settings mean for a run
   models                              the nets there are;  models show NAME: layers, sizes, parameters, MACs
   data index WHERE                    what lies in a folder, tar or shards
   data download cifar10 DST           fetch CIFAR-10 and lay it out as folders of images
@@ -105,6 +108,10 @@ def train(words: list[str]) -> int:
     # OpenMP's threads spin while they wait, by default: beside decode threads that costs ten times the speed.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told by us, in one line without C++ stacks
+    if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:  # srun alexnet-ddp train ...
+        from launch.job import enter
+
+        enter()
 
     from alexnet_ddp.train import train as train_run
 
@@ -195,7 +202,26 @@ def demo(words: list[str]) -> int:
     return run_demo(options.runs)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "models": models, "data": data, "demo": demo}
+def submit(words: list[str]) -> int:
+    from launch.submit import main as command
+
+    return command(words)
+
+
+def status(words: list[str]) -> int:
+    from launch.status import main as command
+
+    return command(words)
+
+
+def doctor(words: list[str]) -> int:
+    from launch.doctor import main as command
+
+    return command(words)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "submit": submit, "status": status,
+                                                   "doctor": doctor, "models": models, "data": data, "demo": demo}
 
 
 def main(words: list[str] | None = None) -> int:
