@@ -188,7 +188,7 @@ def cause_of(state: dict[str, Any] | None, *, exit_code: int, facts: JobFacts | 
 
 def _time_is_up(facts: JobFacts, *, now: float) -> bool:
     """Whether the job is over its time limit: while it is COMPLETING, Slurm doesn't say TIMEOUT."""
-    if facts.state == "TIMEOUT":
+    if facts.state == "TIMEOUT" or facts.reason == "TimeLimit":
         return True
     return (facts.start_time is not None and facts.time_limit is not None
             and now - facts.start_time >= facts.time_limit)

@@ -18,9 +18,10 @@ def attempts(*causes: Cause, progress: int = 5, seconds: float = 100.0) -> list[
             for number, cause in enumerate(causes)]
 
 
-def facts(state: str = "RUNNING", *, preempt_time: float | None = None, restarts: int = 1) -> JobFacts:
+def facts(state: str = "RUNNING", *, preempt_time: float | None = None, restarts: int = 1,
+          reason: str = "None") -> JobFacts:
     """A job that began at 6,400 and may run to 10,000 (unix time), in its second start."""
-    return JobFacts(job="12", raw="12", name="run", state=state, reason="None", partition="low", requeue=True,
+    return JobFacts(job="12", raw="12", name="run", state=state, reason=reason, partition="low", requeue=True,
                     restarts=restarts, time_limit=3600.0, start_time=6_400.0, end_time=10_000.0,
                     preempt_time=preempt_time)
 
@@ -183,6 +184,7 @@ SOON, LATER, OVER = 10_000.0 - 60.0, 10_000.0 - 3000.0, 10_001.0  # unix times b
     (None, 127, facts(), LATER, Cause.BUG),
     (state("running"), EXIT_FAILED, facts("TIMEOUT"), OVER, Cause.WALLTIME),
     (state("running"), 137, facts("COMPLETING"), OVER, Cause.WALLTIME),
+    (state("running"), 137, facts("COMPLETING", reason="TimeLimit"), SOON, Cause.WALLTIME),
     (None, 137, facts("COMPLETING"), LATER, Cause.STOPPED),
     (None, 137, facts("COMPLETING", restarts=2), LATER, Cause.SLURM),
     # Stop signals that came before the ranks could say so.
