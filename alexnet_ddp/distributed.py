@@ -1,23 +1,24 @@
 """The group of ranks: where this process stands in it, joining, leaving, and agreeing.
 
-Works under torchrun (one or several agents), and as a single process, with the same code: a single process is a
-group of one.
+Works under torchrun (one or several agents), in a Slurm job (launch.job tells each task its rank in torchrun's
+variables), and as a single process, with the same code: a single process is a group of one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from alexnet_ddp.errors import UserError
+from alexnet_ddp.errors import DeviceFailed, UserError
 
 T = TypeVar("T")
 
@@ -36,10 +37,7 @@ class World:
     hosts: tuple[str, ...]  # host name by rank
     pids: tuple[int, ...]  # process id by rank; 0 where this process can't see it (another host or container)
     token: str  # of this start of the group; the same on all ranks
-
-    @property
-    def nodes(self) -> int:
-        return self.size // self.local_size
+    nodes: int  # hosts may differ in their numbers of ranks
 
     @property
     def on_gpu(self) -> bool:
@@ -55,18 +53,73 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def pick_device(wanted: str, local_rank: int) -> torch.device:
+def cores_of_a_rank(affinity: int, *, local_size: int, environment: Mapping[str, str]) -> int:
+    """Cores for the threads of one rank: pure.
+
+    Slurm binds each task to cores of its own, which `affinity` (the cores this process may use) then counts, or binds
+    none and says how many a task has. Ranks that share one task (torchrun's), or a machine, share its cores evenly.
+    """
+    of_task = environment.get("SLURM_CPUS_PER_TASK", "")
+    if not of_task.isdigit():
+        return max(1, affinity // local_size)
+    sharing = local_size if "TORCHELASTIC_RUN_ID" in environment else 1
+    return max(1, min(affinity, int(of_task)) // sharing)
+
+
+def gpu_of_a_rank(visible: int, *, local_rank: int, local_size: int) -> int:
+    """Which of the `visible` GPUs is this rank's: pure. Raises UserError where there are too few.
+
+    With --gpus-per-node every task sees all of its node's, with --gpus-per-task often only its own.
+    """
+    if visible >= local_size:
+        return local_rank
+    if visible == 1:
+        return 0  # its own; if it is another rank's as well, that shows by its UUID
+    raise UserError(f"Each rank needs a GPU of its own: {local_size} ranks on this node, {visible} GPUs visible. Start "
+                    f"at most {visible} ranks on a node, or ask for {local_size} GPUs a node.")
+
+
+def shared_gpu(hosts: Sequence[str], gpus: Sequence[str]) -> str:
+    """What is wrong when two ranks of one host have one GPU, "" if none do: pure. `gpus` are UUIDs, "" for no GPU."""
+    owners: dict[tuple[str, str], int] = {}
+    for rank, (host, gpu) in enumerate(zip(hosts, gpus, strict=True)):
+        first = owners.setdefault((host, gpu), rank)
+        if gpu and first != rank:
+            return (f"Ranks {first} and {rank} on {host} have the same GPU ({gpu}); each rank needs one of its own. "
+                    "Start as many ranks on a node as it has GPUs for them: in a Slurm job as many tasks as "
+                    "--gpus-per-node, or --gpus-per-task=1; on a single machine a smaller --nproc-per-node.")
+    return ""
+
+
+def pick_device(wanted: str, *, local_rank: int, local_size: int) -> torch.device:
     """The device of a rank. Raises UserError where a GPU is asked for and none is there for it."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device=cuda asks for a GPU, but torch sees none on this machine. "
                         "Use device=auto or device=cpu, or mend the driver (nvidia-smi).")
-    if local_rank >= torch.cuda.device_count():
-        visible = torch.cuda.device_count()
-        raise UserError(f"Each rank needs a GPU of its own: local rank {local_rank} has none, {visible} visible. "
-                        f"Start at most {visible} ranks on a node.")
-    return torch.device("cuda", local_rank)
+    device = torch.device("cuda", gpu_of_a_rank(torch.cuda.device_count(), local_rank=local_rank,
+                                                local_size=local_size))
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # the first use of a GPU that is broken, or another's alone
+    except RuntimeError as error:
+        raise DeviceFailed(f"{device} can't be used: {(str(error).splitlines() or [''])[0]}.") from None
+    return device
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rank tells the others when they meet."""
+
+    host: str
+    pid_namespace: str
+    pid: int
+    local_rank: int
+    token: str
+    gpu: str = ""  # UUID
+    mistake: str = ""
+    kind: str = ""  # of the mistake
 
 
 def join(*, device: str, timeout: float) -> World:
@@ -76,44 +129,77 @@ def join(*, device: str, timeout: float) -> World:
     """
     env = os.environ
     rank, size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
-    local_rank, local_size = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", str(size)))
+    # Started by hand without a word about nodes, all ranks are on one.
+    local_rank, local_size = int(env.get("LOCAL_RANK", str(rank))), int(env.get("LOCAL_WORLD_SIZE", str(size)))
     if size == 1 and int(env.get("SLURM_NTASKS", "1")) > 1 and "RANK" not in env and "SLURM_STEP_ID" in env:
         raise UserError(f"srun started {env['SLURM_NTASKS']} tasks, but none of them is told its rank: they would be "
-                        f"{env['SLURM_NTASKS']} runs of one. Start one torchrun per node.")
-    chosen: torch.device | None = None
-    mistake = ""
+                        f"{env['SLURM_NTASKS']} runs of one. Use alexnet-ddp submit, or one of slurm/*.sbatch.")
+    chosen, wrong = torch.device("cpu"), UserError()
     try:
-        chosen = pick_device(device, local_rank)
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-    except UserError as error:  # told once the group stands, so that one rank says it for all
-        mistake = str(error)
-    on_gpu = chosen is not None and chosen.type == "cuda"
-    common: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                              "timeout": timedelta(seconds=timeout)}
-    if on_gpu:
-        common["device_id"] = chosen
+        chosen = pick_device(device, local_rank=local_rank, local_size=local_size)
+    except UserError as error:  # told once all have met, so that one rank says it for all
+        wrong = error
+    on_gpu = chosen.type == "cuda"
+    gpu = str(torch.cuda.get_device_properties(chosen).uuid) if on_gpu else ""
+    mine = Place(socket.gethostname(), _pid_namespace(), os.getpid(), local_rank, secrets.token_hex(8), gpu,
+                 str(wrong), wrong.kind)
     try:
-        if "RANK" in env:
-            dist.init_process_group(init_method="env://", **common)
-        else:
-            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)
+        store = _meet(rank, size=size, timeout=timeout)
+        places = _tell(store, rank, size=size, mine=mine)
+        _refuse_mistakes(places)  # before any library takes hold of a GPU that is another rank's
+        dist.init_process_group(
+            store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout),
+            backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
         control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        here = (socket.gethostname(), _pid_namespace())
-        told: list[Any] = [None] * size
-        dist.all_gather_object(told, (mistake, here, os.getpid(), secrets.token_hex(8)), group=control)
+        dist.barrier(group=control)
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         where = f" at {env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if size > 1 else ""
         raise UserError(f"The {size} ranks could not meet{where}: {(str(error).splitlines() or [''])[0]}.\nEvery rank "
                         "needs the same MASTER_ADDR and MASTER_PORT, a RANK of its own below WORLD_SIZE, and a free "
                         "port; torchrun sees to all of it.") from None
-    first = next((mistake for mistake, *_ in told if mistake), "")
-    if first:
-        raise UserError(first)
-    assert chosen is not None
-    return World(rank, size, local_rank, local_size, here[0], chosen, control,
-                 hosts=tuple(there[0] for _, there, _, _ in told),
-                 pids=tuple(pid if there == here else 0 for _, there, pid, _ in told), token=told[0][3])
+    seen = [place.pid if (place.host, place.pid_namespace) == (mine.host, mine.pid_namespace) else 0
+            for place in places]
+    return World(rank, size, local_rank, local_size, mine.host, chosen, control, pids=tuple(seen),
+                 hosts=tuple(place.host for place in places), token=places[0].token,
+                 nodes=sum(place.local_rank == 0 for place in places))
+
+
+def _meet(rank: int, *, size: int, timeout: float) -> dist.Store:
+    """The store that all ranks share: rank 0's, or that of torchrun's agent.
+
+    In a Slurm job rank 0 has been listening since the ranks found each other (launch.rendezvous): its socket becomes
+    the store's, so that nobody can take the port in between.
+    """
+    if size == 1:
+        return dist.HashStore()
+    env = os.environ
+    if not 0 <= rank < size or not env.get("MASTER_ADDR") or not env.get("MASTER_PORT", "").isdigit():
+        raise ValueError("rank, address or port is missing or wrong")
+    listener = env.pop("ALEXNET_STORE_FD", None)
+    store = dist.TCPStore(
+        env["MASTER_ADDR"], int(env["MASTER_PORT"]), size, timeout=timedelta(seconds=timeout), wait_for_workers=False,
+        is_master=rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        master_listen_fd=int(listener) if listener and rank == 0 else None)
+    return dist.PrefixStore(f"ranks/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _tell(store: dist.Store, rank: int, *, size: int, mine: Place) -> list[Place]:
+    """Every rank's place, by rank."""
+    store.set(f"place/{rank}", json.dumps(asdict(mine)))
+    return [Place(**json.loads(store.get(f"place/{other}"))) for other in range(size)]
+
+
+def _refuse_mistakes(places: Sequence[Place]) -> None:
+    """Raises the first rank's mistake, the same on all ranks."""
+    for rank, place in enumerate(places):
+        if place.mistake:
+            where = "" if places[0].mistake else f"Rank {rank} on {place.host}: "
+            raise (DeviceFailed if place.kind == DeviceFailed.kind else UserError)(where + place.mistake)
+    shared = shared_gpu([place.host for place in places], [place.gpu for place in places])
+    if shared:
+        raise UserError(shared)
 
 
 def _pid_namespace() -> str:

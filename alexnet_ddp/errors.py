@@ -30,6 +30,12 @@ class Diverged(UserError):
     kind = "nonfinite"
 
 
+class DeviceFailed(UserError):
+    """A GPU that doesn't work: another start, perhaps on another node, may fare better."""
+
+    kind = "device"
+
+
 class RunFailed(RuntimeError):
     """The run can't go on; one line that names rank, host, step and cause has been (or will be) printed."""
 

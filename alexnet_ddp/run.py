@@ -28,7 +28,7 @@ from alexnet_ddp.lease import Lease
 from alexnet_ddp.runfiles import STATE, read_state
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.sinks import say
-from alexnet_ddp.watchdog import Failure
+from alexnet_ddp.watchdog import Failure, kind_of
 
 TOLD_BY_THE_RECIPE = ("micro_batch", "assignment", "amp", "deterministic")  # of the numeric fingerprint
 
@@ -147,7 +147,8 @@ def write_refused(config: Config, directory: RunDirectory | None, mistake: UserE
     with contextlib.suppress(OSError, UserError, RunFailed):
         directory = directory or RunDirectory(config, fresh=False, wait=False)
         if directory.known.get("status") != "finished":
-            failure = Failure(0, socket.gethostname(), directory.known.get("step") or 0, str(mistake), "user")
+            failure = Failure(0, socket.gethostname(), directory.known.get("step") or 0, str(mistake),
+                              kind_of(mistake))
             directory.write_state("failed", why=str(mistake), failure=failure)
         directory.close()
 

@@ -110,12 +110,18 @@ def let_go(world: World, data: Data | None, directory: RunDirectory | None) -> N
 
 def prepare_torch(config: Config, world: World) -> None:
     """Threads, and the kernels that repeat their bits when asked to."""
-    torch.set_num_threads(config.torch_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    torch.set_num_threads(config.torch_threads or cores(world))
     if world.on_gpu:
         torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def cores(world: World) -> int:
+    """Cores that this rank has."""
+    return distributed.cores_of_a_rank(len(os.sched_getaffinity(0)), local_size=world.local_size,
+                                       environment=os.environ)
 
 
 def memory_peak(world: World) -> int:
@@ -406,7 +412,7 @@ class Trainer:
         data = self.config.data
         return Loader(index, self.decoder, rows=rows, size=self.config.augment.size,
                       channels=self.config.model.in_channels, prefetch=data.prefetch, stored=data.stored,
-                      threads=decode_threads(data.threads, ranks_on_node=self.world.local_size),
+                      threads=decode_threads(data.threads, cores=cores(self.world)),
                       pin=self.world.on_gpu)
 
     # ------------------------------------------------------------------------------------------------------------

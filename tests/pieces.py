@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import harness
 
 
-def on_ranks(work: Callable[..., Any], *arguments: Any, world: int, timeout: float = 60.0) -> list[Any]:
-    """Calls `work(world: World, *arguments)` on every rank of a group and returns what each returned, by rank."""
+def on_ranks(work: Callable[..., Any], *arguments: Any, world: int, timeout: float = 60.0,
+             environments: Sequence[dict[str, str]] = (), listening: bool = False) -> list[Any]:
+    """Calls `work(world: World, *arguments)` on every rank of a group and returns what each returned, by rank.
+
+    `environments`: more variables, by rank. `listening`: rank 0 holds the port already, and hands its socket over.
+    """
     place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(harness.free_port()),
              "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
         answers = [Path(folder) / str(rank) for rank in range(world)]
+        own = [*environments] or [dict[str, str]() for _ in range(world)]
         processes = [harness._context.Process(
-            target=_rank, args=(work, arguments, {**place, "RANK": str(rank)}, answer))
+            target=_rank, args=(work, arguments, {**place, "RANK": str(rank), **own[rank]}, answer,
+                                listening and rank == 0))
             for rank, answer in enumerate(answers)]
         for process in processes:
             process.start()
@@ -36,8 +43,14 @@ def on_ranks(work: Callable[..., Any], *arguments: Any, world: int, timeout: flo
     return found
 
 
-def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], answer: Path) -> None:
+def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], answer: Path,
+          listening: bool) -> None:
     os.environ.update(environment)
+    if listening:
+        listener = socket.socket()
+        listener.bind((environment["MASTER_ADDR"], int(environment["MASTER_PORT"])))
+        listener.listen()
+        os.environ["ALEXNET_STORE_FD"] = str(listener.detach())
     import torch
 
     from alexnet_ddp.distributed import join, leave
@@ -49,6 +62,27 @@ def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], environment: dic
     except BaseException:
         result = traceback.format_exc()
     answer.write_bytes(pickle.dumps(result))
+
+
+def nodes_of(world: Any) -> int:
+    """How many nodes a rank says there are."""
+    return int(world.nodes)
+
+
+def meet_and_sum(world: Any) -> tuple[float, str]:
+    """(sum of rank + 1 over the ranks, what rank 0 told in the watchdog's own connection to the store)."""
+    import torch
+    import torch.distributed as dist
+
+    from alexnet_ddp.watchdog import _connect
+
+    value, store = torch.tensor(world.rank + 1.0), _connect()
+    dist.all_reduce(value)
+    if world.rank == 0:
+        store.set("word", "told by 0")
+    word = store.get("word").decode()
+    dist.barrier()
+    return value.item(), word
 
 
 def let_go_slowly(world: Any, folder: str) -> bool:

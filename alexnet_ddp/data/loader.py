@@ -9,7 +9,6 @@ error surfaces in the loop that takes the batches.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 import time
@@ -217,8 +216,6 @@ def micro_batches(samples: I64, micro_batch: int) -> Sequence[slice]:
     return cuts or [slice(0, 0)]
 
 
-def decode_threads(wanted: int | str, *, ranks_on_node: int) -> int:
-    """Decode threads of one rank: as asked for, else its share of the cores this process may use."""
-    if isinstance(wanted, int):
-        return wanted
-    return max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
+def decode_threads(wanted: int | str, *, cores: int) -> int:
+    """Decode threads of one rank: as asked for, else as many as it has cores."""
+    return wanted if isinstance(wanted, int) else cores

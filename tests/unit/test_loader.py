@@ -146,11 +146,9 @@ def test_micro_batches() -> None:
 
 
 def test_decode_threads() -> None:
-    """Threads are those asked for, else a rank's share of the cores there are, and never none."""
-    assert decode_threads(7, ranks_on_node=3) == 7
-    alone = decode_threads("auto", ranks_on_node=1)
-    assert alone >= 1
-    assert decode_threads("auto", ranks_on_node=10_000) == 1
+    """Threads are those asked for, else as many as the rank has cores."""
+    assert decode_threads(7, cores=3) == 7
+    assert decode_threads("auto", cores=3) == 3
 
 
 # --- slots ------------------------------------------------------------------------------------------------------
