@@ -89,9 +89,9 @@ def check(request: Request, cluster: Cluster, *, known: Known | None = None) -> 
     if not chosen:
         verdict.refusals.append(_no_partition(request, cluster.partitions))
         return verdict
-    found = [_refused(rule(request, partition) for rule in RULES) for partition in chosen]
+    found: list[list[Refusal]] = [_refused(rule(request, partition) for rule in RULES) for partition in chosen]
     if all(found):  # of several partitions, one will do
-        verdict.refusals += min(found, key=lambda refusals: len(refusals))
+        verdict.refusals += sorted(found, key=len)[0]
     verdict.notes += _notes(request, chosen[0], cluster)
     return verdict
 
@@ -128,7 +128,7 @@ def _shape(request: Request) -> list[Refusal | None]:
             "Use --gpus-per-node N (one task per GPU), or --gpus-per-task 1 --tasks-per-node N."))
     elif request.gpus and request.tasks != request.gpus:
         refusals.append(Refusal(
-            "There is one task per GPU", f"{request.tasks} tasks and {request.gpus} GPUs a node, {request.nodes} nodes",
+            "There is one task per GPU", f"{_count(request.tasks, 'task')} and {_count(request.gpus, 'GPU')} a node",
             f"Leave out --tasks-per-node, or ask for --gpus-per-node {request.tasks}."))
     return refusals
 
