@@ -229,8 +229,16 @@ def lineage_of(config: Config, *, start: Start, numeric: dict[str, Any], identit
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of this code and whether files differ from it; None outside a checkout."""
-    home = str(Path(__file__).resolve().parent)
+    """Commit of this code and which files differ from it; None outside a checkout.
+
+    A snapshot (launch.snapshot) tells where its copy of the code comes from. It may lie in a checkout itself, as the run
+    directory does, whose state by now is another.
+    """
+    package = Path(alexnet_ddp.__file__).resolve().parent
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        frozen: dict[str, Any] | None = json.loads((package.parent / "snapshot.json").read_text()).get("git")
+        return frozen
+    home = str(package)
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", home, *words], capture_output=True, text=True, timeout=10,

@@ -1,16 +1,27 @@
 """A changed recipe or data set at a resume: what is accepted, what is said, what is refused and with which ways out."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import alexnet_ddp
 from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.run import RunDirectory, check_data, check_recipe, job_of, write_refused
+from alexnet_ddp.run import (
+    RunDirectory,
+    Start,
+    check_data,
+    check_recipe,
+    git_state,
+    job_of,
+    lineage_of,
+    write_refused,
+)
 from alexnet_ddp.runfiles import read_state
 from alexnet_ddp.watchdog import Failure
 
@@ -211,6 +222,34 @@ def test_refused_leaves_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     directory.write_state("finished", step=9)
     write_refused(config, directory, mistake)
     assert read_state(config.run_dir)["status"] == "finished"
+
+
+def test_code_of_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen copy of the code tells the commit it was frozen from, not that of the checkout which it lies in."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words],
+                              check=True, capture_output=True, text=True).stdout.strip()
+
+    copy = tmp_path / "runs" / "a" / "snapshots" / "1"
+    (copy / "alexnet_ddp").mkdir(parents=True)
+    (copy / "alexnet_ddp" / "__init__.py").touch()
+    monkeypatch.setattr(alexnet_ddp, "__file__", str(copy / "alexnet_ddp" / "__init__.py"))
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "later")
+    head = git("rev-parse", "HEAD")
+    assert (git_state() or {})["commit"] == head  # without a snapshot's word it is the checkout's
+    for frozen in ({"commit": "abc", "branch": "main", "changed": ["M x"]}, None):
+        (copy / "snapshot.json").write_text(json.dumps({"id": "1", "git": frozen}))
+        assert git_state() == frozen
+
+
+def test_lineage_tells_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint tells which start of which job wrote it, in plain Python."""
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    told = lineage_of(recipe(), start=Start(attempt=4), numeric={}, identities={}, decoder="pillow")
+    assert (told["job"], told["restart"], told["array"], told["attempt"]) == ("77", 2, "75_0", 4)
+    assert json.loads(json.dumps(told)) == told
 
 
 def test_fresh_keeps_the_old_run(tmp_path: Path) -> None:
