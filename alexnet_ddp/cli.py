@@ -244,4 +244,4 @@ def main(words: list[str] | None = None) -> int:
             print(f"alexnet-ddp: error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(2.0)  # the first rank that leaves makes torchrun kill the others: let rank 0 speak first
-        return EXIT_USER
+        return error.code

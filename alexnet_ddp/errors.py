@@ -16,6 +16,7 @@ class UserError(ValueError):
     """A mistake the user can mend: the message states the rule, what was found and what to change."""
 
     kind = "user"  # of failure, as state.json tells it to whoever decides about another start
+    code = EXIT_USER
 
 
 class OutOfMemory(UserError):

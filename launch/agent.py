@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_UNAVAILABLE, EXIT_USER, UserError
+from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
 from alexnet_ddp.runfiles import read_state
 from alexnet_ddp.stop import SIGNALS, quit_on_second_interrupt
 
@@ -124,7 +124,7 @@ def _children() -> list[int]:
 def main(words: list[str]) -> int:
     """The agent of one node of a Slurm job; returns the exit code."""
     from launch.place import place_of
-    from launch.rendezvous import Unreachable, meet
+    from launch.rendezvous import meet
     from launch.snapshot import load
 
     parser = argparse.ArgumentParser(prog="python -m launch.agent")
@@ -145,12 +145,9 @@ def main(words: list[str]) -> int:
             raise UserError(f"There is one agent a node, and this job step has {place.counts} tasks a node: give srun "
                             "--ntasks-per-node=1.")
         meeting = meet(place.name, rank=place.rank, size=place.size, head=place.hosts[0], hosts=place.host_of_rank)
-    except Unreachable as failure:
-        print(f"alexnet-ddp: {failure}", file=sys.stderr, flush=True)
-        return EXIT_UNAVAILABLE
-    except UserError as mistake:
-        print(f"alexnet-ddp: error: {mistake}", file=sys.stderr, flush=True)
-        return EXIT_USER
+    except UserError as failure:
+        print(f"alexnet-ddp: error: {failure}", file=sys.stderr, flush=True)
+        return failure.code
     if meeting.interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
     if meeting.listener is not None:

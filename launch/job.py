@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_ddp.errors import EXIT_UNAVAILABLE, EXIT_USER, UserError
+from alexnet_ddp.errors import EXIT_USER, UserError
 from launch.place import Place, place_of
-from launch.rendezvous import Unreachable, meet
+from launch.rendezvous import meet
 from launch.snapshot import Snapshot, load
 
 LOCAL_REQUEUE = 144  # exit code by which submitit's local executor starts a job again
@@ -32,24 +32,31 @@ class Task:
     def __call__(self) -> int:
         """Runs the task; leaves by SystemExit unless the run has finished, so that the exit code is the task's."""
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit would log it as bypassed
-        snapshot = load(Path(self.snapshots[int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)]))
-        code = run_here(snapshot) if "SUBMITIT_LOCAL_GLOBALID" in os.environ else run(snapshot)
+        code = main([self.snapshots[int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)]])
         if code:
             raise SystemExit(code)
         return code
 
 
+def main(words: Sequence[str]) -> int:
+    """This task's part of an attempt, from the snapshot at `words[0]`; returns the exit code."""
+    try:
+        snapshot = load(Path(words[0]))
+        os.chdir(snapshot.cwd)
+    except (UserError, OSError) as mistake:
+        print(f"alexnet-ddp: error: {socket.gethostname()} doesn't see what the job runs: {mistake} Put runs=... on a "
+              "file system that all nodes share.", file=sys.stderr, flush=True)
+        return EXIT_USER
+    return run_here(snapshot) if "SUBMITIT_LOCAL_GLOBALID" in os.environ else run(snapshot)
+
+
 def run(snapshot: Snapshot) -> int:
-    """This task's part of an attempt; returns its exit code."""
-    os.chdir(snapshot.cwd)
+    """Takes this task's place among the others and trains; returns the exit code."""
     try:
         enter()
-    except Unreachable as failure:
-        print(f"alexnet-ddp: {failure}", file=sys.stderr, flush=True)
-        return EXIT_UNAVAILABLE
-    except UserError as mistake:
-        print(f"alexnet-ddp: error: {mistake}", file=sys.stderr, flush=True)
-        return EXIT_USER
+    except UserError as failure:  # the other ranks can't be told; each says what it sees
+        print(f"alexnet-ddp: error: {failure}", file=sys.stderr, flush=True)
+        return failure.code
     from alexnet_ddp.cli import main as command
 
     return command(["train", str(snapshot.path / "recipe.yaml"),
@@ -116,4 +123,4 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(load(Path(sys.argv[1]))))
+    sys.exit(main(sys.argv[1:]))

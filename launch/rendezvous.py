@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alexnet_ddp.errors import UserError
+from alexnet_ddp.errors import EXIT_UNAVAILABLE, UserError
 
 PORTS = range(10_000, 30_000)  # below 32768, where Linux takes ports for outgoing connections
 CANDIDATES = 8
@@ -27,6 +27,8 @@ ANSWER = 5.0  # seconds for the other side to say its line
 
 class Unreachable(UserError):
     """The hosts of a job don't reach each other: nobody's recipe is at fault, and another start may fare better."""
+
+    kind, code = "network", EXIT_UNAVAILABLE
 
 
 @dataclass
