@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import harness
-
 from alexnet_ddp import config as recipes
 from alexnet_ddp.runfiles import read_state
 from launch import snapshot
