@@ -57,12 +57,13 @@ class Report:
             raise UserError(f"The run directory {run_dir} can't be written: {error.strerror or error}. "
                             "Choose another with runs=...") from None
         self.writer = Writer(run_dir / "checkpoints", keep=config.checkpoint.keep, attempt=start.attempt,
-                             lineage=lineage, guard=directory.guard, log=say)
+                             lineage=lineage, guard=self._guard, log=say)
         self._console = sinks.Console(total_steps=total_steps)
         self._hosts, self._waited = world.hosts, ()  # type: tuple[str, ...], Sequence[float]
         self._saved = time.monotonic()  # when the last save began
         self._warned = False  # of a state.json that can't be written
         self._asked = False  # for a save, of all ranks
+        self._saving = 0  # the step of the save under way
         self.step_seconds = 0.0  # the slowest step so far
 
     def greet(self, *, data: Data, world: World, parameters: int, device: str, step: int) -> None:
@@ -138,12 +139,21 @@ class Report:
         """
         self._saved, self._asked = time.monotonic(), False
         self._metrics.flush(durable=True)
+        self.writer.wait()
+        self._saving = state.step
         self.writer.submit(state, best_model=self._config.model.name if improved else None)
-        faults.strike(self._config.fault, at="save", step=state.step, rank=0)
+        if self._config.fault.kind != "slow":
+            faults.strike(self._config.fault, at="save", step=state.step, rank=0)
         if self._start.attempt == 1 and state.step == 0:
             self.writer.wait()
             if self.writer.failure:
                 raise UserError(self.writer.failure)
+
+    def _guard(self) -> None:
+        """In the background, right before a publish: where a save is slow, so that much can happen meanwhile."""
+        if self._config.fault.kind == "slow":
+            faults.strike(self._config.fault, at="save", step=self._saving, rank=0)
+        self._directory.guard()
 
     # --- state.json, and the end --------------------------------------------------------------------------------
 

@@ -231,8 +231,8 @@ def lineage_of(config: Config, *, start: Start, numeric: dict[str, Any], identit
 def git_state() -> dict[str, Any] | None:
     """Commit of this code and which files differ from it; None outside a checkout.
 
-    A snapshot (launch.snapshot) tells where its copy of the code comes from. It may lie in a checkout itself, as the run
-    directory does, whose state by now is another.
+    A snapshot (launch.snapshot) tells where its copy of the code comes from: it may lie in a checkout itself, as run
+    directories do, but that is another commit by now.
     """
     package = Path(alexnet_ddp.__file__).resolve().parent
     with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -144,7 +144,9 @@ class FaultSection(Section):
     """A fault on purpose, for drills: `fault.kind=kill fault.rank=1 fault.step=37`."""
 
     kind: Literal["none", "kill", "hang", "error", "inf", "signal", "slow", "oom"] = field("none", "free", "what")
-    at: Literal["step", "evaluate", "save"] = field("step", "free", "where: after that step, or within")
+    at: Literal["start", "step", "evaluate", "save"] = field(
+        "step", "free", "where: before an attempt's first step, after that step, within an evaluation, or when a save "
+        "has begun (slow: in its background write, right before it is published)")
     step: int = field(0, "free", "steps done when it strikes", ge=0)
     times: int = field(1, "free", "for kind: inf or slow: in so many steps in a row", ge=1)
     rank: int = field(0, "free", "which rank; -1: all", ge=-1)

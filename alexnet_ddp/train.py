@@ -253,6 +253,7 @@ class Trainer:
         with self._loader(self.data.train, rows=rows) as loader:
             batches = loader.run(training_works(self.config, self.data, first_step=self.place["step"],
                                                 rank=self.world.rank, world=self.world.size))
+            faults.strike(self.config.fault, at="start", step=self.place["step"], rank=self.world.rank)
             self.window_began, self.waited_before = time.perf_counter(), 0.0
             while True:
                 if self._evaluation_due() and not self._evaluate():

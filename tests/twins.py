@@ -43,10 +43,11 @@ LONG: dict[str, Any] = {"epochs": 40, "evaluate__epochs": 20, "checkpoint__epoch
 SAMPLES, HELD_OUT = 47, 130  # five steps an epoch; five tiles, so that each of 2 or 3 ranks has several turns
 
 
-def fault(kind: str, *, step: int, rank: int = -1, at: str = "step", signal: str = "USR1") -> list[str]:
+def fault(kind: str, *, step: int, rank: int = -1, at: str = "step", signal: str = "USR1", seconds: float = 1.0
+          ) -> list[str]:
     """Words of a command line: a fault once `step` steps are done, on one rank or on all (-1)."""
     return [f"fault.kind={kind}", f"fault.step={step}", f"fault.rank={rank}", f"fault.at={at}",
-            f"fault.signal={signal}"]
+            f"fault.signal={signal}", f"fault.seconds={seconds}"]
 
 
 class Run:

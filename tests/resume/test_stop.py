@@ -90,6 +90,33 @@ def test_stopped_in_a_save(bench: Callable[..., Bench]) -> None:
     here.check_equal(run)
 
 
+def test_signal_while_a_save_is_written(bench: Callable[..., Bench]) -> None:
+    """A signal while the disk is slow: training has gone on meanwhile; the save under way and the last are whole."""
+    here = bench(world=2)
+    run = here.run()
+    ranks = run.start(*fault("slow", step=3, rank=0, at="save", seconds=2.0))
+    ranks.wait_for("step 4/")  # beside the write of step 3, which lies there unpublished
+    assert [path.name for path in (run.path / "checkpoints").iterdir() if path.name.startswith(".tmp-")]
+    assert run.checkpoints[-1].name == "step_00000000"
+    ranks.signal(signal.SIGUSR2, rank=1)
+    assert ranks.wait().codes == [EXIT_STOPPED] * 2
+    run.check_stopped(why="USR2", earliest=4, latest=8)  # the next save, at step 5, waits for that of step 3
+    run.go().check()
+    here.check_equal(run)
+
+
+def test_at_the_start(bench: Callable[..., Bench]) -> None:
+    """Late before its first step, on one rank, and a signal there: the attempt leaves where it began, bit-equal."""
+    here = bench(world=2)
+    run = here.run()
+    began = time.monotonic()
+    check_left(run.go(*fault("signal", step=0, rank=1, at="start")), run, why="USR1", struck=0)
+    assert run.state["step"] <= 1
+    run.go(*fault("slow", step=run.state["step"], rank=1, at="start", seconds=3.0)).check()
+    assert time.monotonic() - began > 3.0
+    here.check_equal(run)
+
+
 def test_stop_at_the_end(bench: Callable[..., Bench]) -> None:
     """A signal during the last save finds nothing left to stop: the run finishes."""
     here = bench(world=2)
