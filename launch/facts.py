@@ -77,7 +77,8 @@ class Cluster:
         if wanted and (wanted != self._for or time.monotonic() - self._asked >= ASK_EVERY):
             self._queued = slurm.queue(wanted, timeout=ANSWER)
             known = {name for one in self._queued or () for name in (one.job, one.raw)}
-            missing = wanted - known - set(self._past or ())  # the past doesn't change
+            over = {name for name, one in (self._past or {}).items() if one.state not in slurm.LIVING}  # for good
+            missing = wanted - known - over
             if self._past is not None and missing:
                 found = slurm.history(missing, timeout=ANSWER)
                 self._past = None if found is None else self._past | {

@@ -170,7 +170,8 @@ def job_facts(job: str, *, timeout: float = PATIENCE) -> JobFacts | None:
 
 
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
-STARTED = {"CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
+LIVING = WAITING | {"CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING",
+                    "STAGE_OUT"}
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Queued:
     @property
     def living(self) -> bool:
         """It runs, or may still."""
-        return self.state in WAITING | STARTED
+        return self.state in LIVING
 
 
 QUEUE = "%i|%A|%T|%P|%S|%N|%r|%j"  # the name last: it may hold anything
