@@ -9,7 +9,6 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from alexnet_ddp.data.order import Order
 from alexnet_ddp.distributed import World, everywhere, on_rank_0
 from alexnet_ddp.errors import RunFailed, UserError
 from alexnet_ddp.lease import Lease
-from alexnet_ddp.runfiles import STATE, read_state
+from alexnet_ddp.runfiles import STATE, job_of, read_state
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.sinks import say
 from alexnet_ddp.watchdog import Failure, kind_of
@@ -55,7 +54,7 @@ class RunDirectory:
         `wait`: for a sign of life of an owner that may be gone; otherwise such a directory counts as owned.
         """
         self.path = config.run_dir
-        self.job = job_of(os.environ)
+        self.job = job_of(os.environ).facts
         self._lease = self._acquire(wait=wait)
         if fresh and any(self.path.glob("checkpoints/*")):
             self._lease.release()
@@ -129,20 +128,13 @@ class RunDirectory:
         return start
 
 
-def job_of(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The Slurm job that this process belongs to, as state.json tells it: job, restart, array."""
-    array = [environment.get(name, "") for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")]
-    return {"job": environment.get("SLURM_JOB_ID"), "restart": int(environment.get("SLURM_RESTART_COUNT") or 0),
-            "array": "_".join(array) if all(array) else None}
-
-
 def write_refused(config: Config, directory: RunDirectory | None, mistake: UserError) -> None:
     """In a Slurm job the batch shell learns from state.json that an attempt was refused while it was set up.
 
     `directory` is None when the mistake was found before it was taken. One that another process owns is left alone, as
     is a finished run. Never raises: the mistake itself is what the user must be told.
     """
-    if job_of(os.environ)["job"] is None:
+    if not job_of(os.environ).id:
         return
     with contextlib.suppress(OSError, UserError, RunFailed):
         directory = directory or RunDirectory(config, fresh=False, wait=False)
@@ -224,7 +216,7 @@ def lineage_of(config: Config, *, start: Start, numeric: dict[str, Any], identit
         "attempt": start.attempt, "exact": start.exact, "why_not_exact": start.why_not_exact,
         "alexnet_ddp": alexnet_ddp.__version__, "torch": str(torch.__version__),
         "python": platform.python_version(), "host": platform.node(), "code": git_state(),
-        **job_of(os.environ),
+        **job_of(os.environ).facts,
     }
 
 

@@ -11,12 +11,14 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 STATE = "state.json"
 ATTEMPTS = "attempts.jsonl"
+LOCAL_JOB = "ALEXNET_LOCAL_JOB"  # environment: JOB.RESTART
 CHECKPOINT = re.compile(r"step_(\d{8,})")
 
 
@@ -37,6 +39,34 @@ def replace_state(run_dir: Path, known: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, run_dir / STATE)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A start of a job. `array` is `123_4` for a task of an array: the name to requeue it by. No job: id is ""."""
+
+    id: str
+    restart: int = 0
+    array: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.array or self.id
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As state.json and attempts.jsonl tell it."""
+        return {"job": self.id or None, "array": self.array, "restart": self.restart}
+
+
+def job_of(environment: Mapping[str, str]) -> Job:
+    """The job that this process belongs to: Slurm's, or one of submitit's local executor (told by launch.job)."""
+    if LOCAL_JOB in environment:
+        name, _, restart = environment[LOCAL_JOB].rpartition(".")
+        return Job(name, int(restart))
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return Job(environment.get("SLURM_JOB_ID", ""), int(environment.get("SLURM_RESTART_COUNT") or 0),
+               f"{array}_{task}" if array and task else None)
 
 
 @dataclass(frozen=True)

@@ -15,41 +15,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp.errors import EXIT_FAILED
-from alexnet_ddp.runfiles import add_attempt, newest_checkpoint, read_attempts, read_state, replace_state
+from alexnet_ddp.errors import EXIT_FAILED, UserError
+from alexnet_ddp.runfiles import Job, add_attempt, job_of, newest_checkpoint, read_attempts, read_state, replace_state
 from launch.requeue import Attempt, Caps, Cause, Decision, cause_of, decide, stalled_start
 from launch.slurm import JobFacts, job_facts
 from launch.snapshot import Snapshot, load
 
 HOLD = 120.0  # seconds to stay when TERM came and Slurm can't be asked why: if it preempts, it ends the job itself
 ASK = (0, 2, 5, 10, 20, 20)  # seconds between two tries to requeue: slurmctld may be restarting
-
-
-@dataclass(frozen=True)
-class Job:
-    """A start of a job. `array` is `123_4` for a task of an array: the name to requeue it by."""
-
-    id: str
-    restart: int = 0
-    array: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.array or self.id
-
-
-def job_of(environment: Mapping[str, str]) -> Job:
-    """The job that Slurm's variables tell of; its id is "" outside of one."""
-    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    return Job(environment.get("SLURM_JOB_ID", ""), int(environment.get("SLURM_RESTART_COUNT") or 0),
-               f"{array}_{task}" if array and task else None)
 
 
 def wrote(state: dict[str, Any], job: Job) -> bool:
@@ -91,8 +69,7 @@ def open_attempt(run_dir: Path, job: Job, *, nodes: str, snapshot: str) -> str:
     """Enters the attempt and returns the header of its log."""
     step = _newest_step(run_dir)
     before = [record for record in read_attempts(run_dir) if record.get("event") in ("begin", "end")]
-    add_attempt(run_dir, "begin", job=job.id, array=job.array, restart=job.restart, step=step, nodes=nodes,
-                snapshot=snapshot)
+    add_attempt(run_dir, "begin", **job.facts, step=step, nodes=nodes, snapshot=snapshot)
     total = read_state(run_dir).get("total_steps")
     header = (f"=== {run_dir}: job {job.name} start {job.restart} on {nodes}, "
               f"{time.strftime('%Y-%m-%d %H:%M:%S')}, from step {step}{f' of {total}' if total else ''}")
@@ -128,7 +105,7 @@ def record(snapshot: Snapshot, job: Job, decision: Decision, *, cause: Cause, st
            why: str = "", mine: bool = True) -> None:
     """Writes a decision to attempts.jsonl, and to state.json unless another attempt owns that by now."""
     facts = {"cause": str(cause), "decision": decision.action, "reason": decision.reason}
-    place = {"job": job.id, "array": job.array, "restart": job.restart}
+    place = job.facts
     add_attempt(snapshot.run_dir, "end", **place, step=step, exit_code=exit_code, why=why, **facts)
     state = read_state(snapshot.run_dir)
     newer = state.get("job") == job.id and int(state.get("restart") or 0) > job.restart
@@ -225,7 +202,11 @@ def main(words: list[str]) -> int:
     parser.add_argument("snapshot", type=Path)
     parser.add_argument("--exit-code", type=int, default=0)
     options = parser.parse_args(words)
-    snapshot, job = load(options.snapshot), job_of(os.environ)
+    try:
+        snapshot, job = load(options.snapshot), job_of(os.environ)
+    except UserError as mistake:  # without it there is nothing to go on from; the shell leaves with srun's code
+        say(f"error: {mistake}")
+        return 0
     if options.what == "begin":
         print("\n".join(begin(snapshot, job)))
     else:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_ddp.errors import EXIT_USER, UserError
+from alexnet_ddp.runfiles import LOCAL_JOB, job_of, read_attempts
 from launch.place import Place, place_of
 from launch.rendezvous import meet
 from launch.snapshot import Snapshot, load
@@ -71,9 +72,10 @@ def run_here(snapshot: Snapshot) -> int:
     assert place is not None
     if place.rank:
         return run(snapshot)
-    earlier = attempts.read_attempts(snapshot.run_dir)
+    earlier = read_attempts(snapshot.run_dir)
     restart = sum(told["event"] == "begin" and told["job"] == place.job for told in earlier)
-    job = attempts.Job(place.job, restart)
+    os.environ[LOCAL_JOB] = f"{place.job}.{restart}"
+    job = job_of(os.environ)
     for line in attempts.begin(snapshot, job):
         if line.startswith("exit "):
             return int(line.removeprefix("exit "))

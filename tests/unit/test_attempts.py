@@ -15,9 +15,8 @@ import pytest
 
 import harness
 from alexnet_ddp import config as recipes
-from alexnet_ddp.runfiles import add_attempt, read_attempts, read_state, replace_state
+from alexnet_ddp.runfiles import Job, add_attempt, read_attempts, read_state, replace_state
 from launch import attempts, batch, snapshot
-from launch.attempts import Job
 from launch.requeue import Cause
 
 # What `scontrol show job -o` prints, as far as it is read.
@@ -102,6 +101,7 @@ def test_exit_code_although_the_decision_breaks(box: Box) -> None:
     """Even when the decision itself can't be made the exit code is srun's."""
     done = box.shell(f"rm {box.snapshot.path}/snapshot.json; (exit 7)")
     assert done.returncode == 7
+    assert "Traceback" not in done.stderr
 
 
 def test_signals_are_blocked_for_the_ranks(box: Box) -> None:

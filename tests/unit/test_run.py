@@ -18,11 +18,10 @@ from alexnet_ddp.run import (
     check_data,
     check_recipe,
     git_state,
-    job_of,
     lineage_of,
     write_refused,
 )
-from alexnet_ddp.runfiles import read_state
+from alexnet_ddp.runfiles import job_of, read_state
 from alexnet_ddp.watchdog import Failure
 
 ORDER = Order(1000, global_batch=10, seed=0, shards=4, identity="ab" * 32)  # 100 steps an epoch
@@ -164,9 +163,10 @@ JOB = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2", "SLURM_ARRAY_JOB_ID": "
 def test_job() -> None:
     """The job, its restart and its place in an array, as Slurm's variables tell; Slurm sets no count at a first start.
     """
-    assert job_of(JOB) == {"job": "77", "restart": 2, "array": "75_0"}
-    assert job_of({"SLURM_JOB_ID": "8"}) == {"job": "8", "restart": 0, "array": None}
-    assert job_of({}) == {"job": None, "restart": 0, "array": None}
+    assert job_of(JOB).facts == {"job": "77", "restart": 2, "array": "75_0"}
+    assert job_of({"SLURM_JOB_ID": "8"}).facts == {"job": "8", "restart": 0, "array": None}
+    assert job_of({"ALEXNET_LOCAL_JOB": "local-7.3"}).facts == {"job": "local-7", "restart": 3, "array": None}
+    assert job_of({}).facts == {"job": None, "restart": 0, "array": None}
 
 
 def test_failure_in_state_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
