@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from alexnet_ddp.config import Config
+from alexnet_ddp.errors import EXIT_STOPPED
 from launch import durations
 from launch.preflight import Request
 from launch.requeue import Caps
 
+NO_LIMIT = "without a time limit"
 LOCAL_STARTS = 6  # of submitit's local executor
 
 
@@ -24,10 +27,12 @@ def requeue_plan(request: Request, config: Config, *, caps: Caps, cluster: str, 
     if cluster == "debug":
         return ["It runs in this process, as a single rank, and nobody brings it back: the same command goes on."]
     lead = durations.words(request.lead)
-    rows = [("time limit", [f"{_limit(limit)}; USR2 to all ranks {lead} before its end"
-                            + (" (Slurm looks every 30 s, so it may come up to a minute earlier)." if cluster == "slurm"
-                               else "."),
-                            "They finish the step, save, and leave with 75. " + _who(cluster)])]
+    words = limit_in_words(limit, cluster=cluster)
+    early = " (Slurm looks every 30 s, so it may come up to a minute earlier)" if cluster == "slurm" else ""
+    rows = [("time limit", [f"{words}; USR2 to all ranks {lead} before its end{early}.",
+                            f"They finish the step, save, and leave with {EXIT_STOPPED}.", _who(cluster)])]
+    if cluster == "local" and words == NO_LIMIT:
+        rows = [("time limit", [f"{words}; a signal to the ranks ends an attempt. {_who(cluster)}"])]
     if cluster == "slurm":
         rows += [("preemption", _preemption(site)),
                  ("lost node", ["Slurm requeues the job by itself (--requeue)."])]
@@ -43,10 +48,10 @@ def requeue_plan(request: Request, config: Config, *, caps: Caps, cluster: str, 
             for number, line in enumerate(lines)]
 
 
-def _limit(limit: float | None) -> str:
+def limit_in_words(limit: float | None, *, cluster: str) -> str:
     if limit is None:
-        return "the partition's default"
-    return durations.words(limit)
+        return "the partition's default time at a time" if cluster == "slurm" else NO_LIMIT
+    return NO_LIMIT if math.isinf(limit) else f"{durations.words(limit)} at a time"
 
 
 def _who(cluster: str) -> str:

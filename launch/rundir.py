@@ -40,12 +40,13 @@ def look(run_dirs: Sequence[Path], configs: Sequence[Config], *, fresh: bool, ac
         if fresh:
             keep.append(number)
             continue
-        if finished(one, config):
-            print(f"alexnet-ddp: {one.run_dir} is finished: {config.epochs} epochs. More epochs (epochs="
-                  f"{2 * config.epochs}) train it longer, name=... makes another run, --fresh starts over.",
-                  file=sys.stderr, flush=True)
-            continue
         check_recipe(one.run_dir, config, accept=accept_changes)
+        if finished(one, config):
+            longer = ("A cosine ends with its run" if config.schedule.name == "cosine" else
+                      f"More epochs (epochs={2 * config.epochs}) train it longer")
+            print(f"alexnet-ddp: {one.run_dir} is finished: {config.epochs} epochs. {longer}, name=... makes another "
+                  "run, --fresh starts over.", file=sys.stderr, flush=True)
+            continue
         if (one.run_dir / STOP_FILE).exists():
             raise UserError(f"{one.run_dir / STOP_FILE} asks this run to stop, and the job would do so at once. Remove "
                             f"it first: rm {one.run_dir / STOP_FILE}")
@@ -90,8 +91,10 @@ def check_recipe(run_dir: Path, config: Config, *, accept: bool) -> None:
         return  # the job looks closer, and knows older ones
     if before is None:
         return
+    # More epochs are another experiment only where they change the learning rates there have been.
+    longer_is_same = config.schedule.name != "cosine" or saved is None or saved.step == 0
     changes = [change for change in recipes.differences(before, config)
-               if change.effect == "order" and change.path != "epochs"]  # more epochs are judged by the learning rates
+               if change.effect == "order" and not (change.path == "epochs" and longer_is_same)]
     fixed = [change for change in changes if change.path == "global_batch" or change.path.startswith("model.")]
     if not changes or (accept and not fixed):
         return

@@ -166,8 +166,9 @@ def headline(wanted: Order) -> str:
     size = (f"{_many(request.nodes, 'node')} x {_many(request.tasks, 'task')}"
             + (f" with {'a GPU' if request.tasks == 1 else 'one GPU each'}" if request.gpus else "") if ranks > 1 else
             "one task" + (" with a GPU" if request.gpus else ""))
-    limit = "the partition's default time" if wanted.limit is None else durations.words(wanted.limit)
-    return f"{size}, {limit} at a time" if wanted.cluster != "debug" else "one task in this process"
+    if wanted.cluster == "debug":
+        return "one task in this process"
+    return f"{size}, {plan.limit_in_words(wanted.limit, cluster=wanted.cluster)}"
 
 
 def _many(number: int, what: str) -> str:
