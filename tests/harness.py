@@ -8,6 +8,7 @@ Each rank is the command line's `main` in a process of its own, told its place b
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -102,14 +103,21 @@ class Ranks:
             process.kill()
             process.join()
         assert not left, f"ranks {left} were still running after {timeout} s:\n{self.output()}"
+        assert not set(b"\r\x1b") & set(self.output_path.read_bytes()), "a log file is no terminal"
         return Result([int(process.exitcode or 0) for process in self.processes], self.output(),
                       time.monotonic() - self.started)
+
+
+@functools.cache
+def _logs() -> tempfile.TemporaryDirectory[str]:
+    """Where ranks print to; gone with the tests. Made when first needed: the ranks themselves import this module."""
+    return tempfile.TemporaryDirectory(prefix="ranks-")
 
 
 def start(words: list[str], *, world: int, environment: dict[str, str] | None = None) -> Ranks:
     """Starts `alexnet-ddp WORDS` on `world` ranks of one node."""
     port = str(free_port())
-    output = Path(tempfile.mkstemp(prefix="ranks-", suffix=".log")[1])
+    output = Path(tempfile.mkstemp(dir=_logs().name, suffix=".log")[1])
     processes = []
     for rank in range(world):
         place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),

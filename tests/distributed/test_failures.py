@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -138,6 +139,21 @@ def test_an_error_in_an_evaluation_and_one_in_a_save(recipe: Path) -> None:
     result = fail(recipe, "save_error", "fault.kind=error", "fault.at=save", "fault.step=3", "fault.rank=0")
     check_told(result, recipe.parent / "runs" / "save_error", rank=0, step=3, cause="RuntimeError", kind="bug")
     check_goes_on(recipe, "save_error")
+
+
+def test_nothing_is_said_after_the_failure(recipe: Path) -> None:
+    """A save under way that fails while the job does: the line that names the rank is the last one all the same."""
+    ranks = harness.start(["train", str(recipe), "name=last_word", *QUICK, "fault.kind=slow", "fault.at=save",
+                           "fault.step=4", "fault.seconds=6", "checkpoint.steps=4"], world=3)
+    ranks.wait_for("step 6/")
+    run = recipe.parent / "runs" / "last_word"
+    staged, = (run / "checkpoints").glob(".tmp-*")
+    shutil.rmtree(staged)  # as if the disk had lost it
+    ranks.signal(signal.SIGKILL, rank=1)
+    result = ranks.wait(timeout=GONE)
+    step = int(re.findall(r"failed at step (\d+)", result.output)[0])
+    check_told(result, run, rank=1, step=step, cause="its process is gone", kind="dead")
+    assert not (run / "checkpoints" / "step_00000004").exists()
 
 
 def test_a_rank_that_dies_while_setting_up(recipe: Path) -> None:

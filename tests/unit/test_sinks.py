@@ -220,7 +220,7 @@ def test_console_prints_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
                   seconds_per_step=2.0)
     console.evaluate({**evaluation(50), "correct1": 5, "samples": 10, "top5": 1.0, "loss": 0.5, "seconds": 1.0})
     out = capsys.readouterr().out
-    assert "\r" not in out
+    assert "\r" not in out and "\x1b" not in out
     assert len(out.splitlines()) == 2
     assert "step 50/100" in out
     assert "50%" in out
