@@ -5,11 +5,10 @@ Reads only: no job is started, nothing is changed. launch.findings has the rules
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import textwrap
-from typing import NoReturn
 
+from alexnet_ddp.cli import Parser
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from launch import slurm
 from launch.findings import Site, findings, parse_qos
@@ -54,13 +53,6 @@ def _nodes(partition: Partition) -> str:
     marks = [mark for mark, shown in (("default", partition.default), ("down", not partition.up)) if shown]
     told = "; ".join(f"{count} x ({kind})" for kind, count in counts.items())
     return f"partition {partition.name}{' (' + ', '.join(marks) + ')' if marks else ''}: {told or 'nodes unknown'}"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are UserErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See: {self.prog} --help")
 
 
 def main(words: list[str]) -> int:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -18,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from alexnet_ddp.errors import EXIT_FINISHED, UserError
+from alexnet_ddp.cli import Parser
+from alexnet_ddp.errors import EXIT_FINISHED
 from launch.facts import Cluster, find, gather
 from launch.standing import Row, judge, span
 
@@ -104,13 +104,6 @@ def _cut(text: str, room: int) -> str:
 
 
 # --- the command ------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are UserErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See: {self.prog} --help")
 
 
 def watch(names: Sequence[str], *, runs: Path) -> NoReturn:
