@@ -69,6 +69,8 @@ class Step:
         self._dtype, self._clip, self._tick = AMP[amp], clip_norm, tick
         self._parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device
+        self._norm = torch.zeros((), device=self._device)
+        optimizer.register_step_pre_hook(self._skip_unless_finite)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
@@ -97,6 +99,14 @@ class Step:
         norm = torch.nn.utils.get_total_norm(gradients)  # of the true gradients, before clipping; same on all ranks
         if self._clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
+        self._norm = norm
         self.scaler.step(self.optimizer)  # the fused optimizer skips itself where an infinity was found
         self.scaler.update(None if self._dtype is torch.float16 else 1.0)
         window.close_step(norm)
+
+    def _skip_unless_finite(self, optimizer: Any, *_: object) -> None:
+        """The norm decides, which the window counts by: that of finite but huge gradients may overflow.
+
+        The scaler has told the optimizer what it found in the gradients by now.
+        """
+        optimizer.found_inf = torch.maximum(optimizer.found_inf, (~torch.isfinite(self._norm)).float())

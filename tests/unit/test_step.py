@@ -229,6 +229,25 @@ def test_one_inf_is_one_skipped_update(world: World, amp: str, clip: float | Non
     assert equal(state(step), state(never))
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_norm_that_overflows_is_a_skipped_update(world: World, clip: float | None) -> None:
+    """Finite gradients whose norm fp32 can't hold: counted as skipped, and nothing moves; the next step does."""
+    step = make_step(clip=clip)
+    window = take(step, batch(0))
+    before = state(step)
+    handles = [parameter.register_hook(lambda gradient: torch.full_like(gradient, 1e25))
+               for parameter in step.net.module.parameters()]
+    take(step, batch(1), window)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in step.net.module.parameters())
+    assert window.counts() == (1, 1)
+    assert equal(state(step), before)
+    for handle in handles:
+        handle.remove()
+    take(step, batch(2), window)
+    assert window.counts() == (1, 0)
+    assert not equal(state(step), before)
+
+
 def test_first_update_skipped(world: World) -> None:
     """A skipped first update leaves momentum zeros behind, so that a run that begins so is saved like any other."""
     step = make_step()
