@@ -85,8 +85,10 @@ def _difference(live: dict[str, dict[str, Tensor]], saved: dict[str, dict[str, T
     return ""
 
 
-def warm_up(step: Step, *, channels: int, size: int, device: torch.device) -> None:
+def warm_up(step: Step, *, channels: int, size: int, device: torch.device) -> list[str]:
     """Two throw-away synchronised passes, after which nothing but DDP's bucket layout has changed.
+
+    Returns the names of batch norms that see a single value per channel and sample: they can't do with one sample.
 
     DDP rebuilds its buckets after the first backward, and the place of a gradient in a bucket decides in which order
     an all-reduce sums the ranks. Every start, fresh or resumed, goes through here, so that the first real step of
@@ -95,6 +97,14 @@ def warm_up(step: Step, *, channels: int, size: int, device: torch.device) -> No
     net = step.net
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     pixels = torch.zeros(2, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    lone: list[str] = []
+
+    def look(name: str, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0][0, 0].numel() == 1 and name not in lone:
+            lone.append(name)
+
+    handles = [module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs))
+               for name, module in net.module.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for _ in range(2):
         set_dropout_rows(net.module, torch.zeros(2, dtype=torch.int64, device=device))
         with step.autocast():
@@ -103,6 +113,9 @@ def warm_up(step: Step, *, channels: int, size: int, device: torch.device) -> No
     net.zero_grad(set_to_none=True)
     for name, buffer in net.named_buffers():
         buffer.copy_(buffers[name])
+    for handle in handles:
+        handle.remove()
+    return lone
 
 
 def has_torch_dropout(net: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from alexnet_ddp.data.index import Index
 from alexnet_ddp.data.loader import Batch, Loader, decode_threads
 from alexnet_ddp.data.order import check_owner
 from alexnet_ddp.data.randomness import dropout_rows, key
-from alexnet_ddp.data.training import Data, largest_part, open_data, training_works
+from alexnet_ddp.data.training import Data, has_single_samples, largest_part, open_data, training_works
 from alexnet_ddp.distributed import World, everywhere, first_on_node, on_rank_0
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
 from alexnet_ddp.evaluate import TILE, evaluate, view_of
@@ -183,7 +183,14 @@ class Trainer:
         self.agreement = distributed.Agreement(world)
         self.agreed = distributed.Agreed()
 
-        replica.warm_up(self.step, channels=config.model.in_channels, size=config.augment.size, device=world.device)
+        lone = replica.warm_up(self.step, channels=config.model.in_channels, size=config.augment.size,
+                               device=world.device)
+        if lone and config.data.assignment == "contiguous" and has_single_samples(config, self.order, world=world.size):
+            raise UserError(
+                f"{config.model.name} normalises over the samples of a forward, and at augment.size="
+                f"{config.augment.size} '{lone[0]}' sees one value of each: a forward of a single sample can't be "
+                f"normalised, and global_batch={config.global_batch} with micro_batch={config.micro_batch} on "
+                f"{world.size} ranks makes some. Use a larger augment.size, or another micro_batch or global_batch.")
         self.place = replica.put_back(self.start.state, world=world, step=self.step, window=self.window)
         self.start.state = None  # its memory
         self.saved_at = (self.place["step"], self.place["evaluated_step"]) if self.start.resumed_from else None

@@ -99,6 +99,13 @@ def training_works(config: Config, data: Data, *, first_step: int, rank: int, wo
                        choose=lambda row, drawn=drawn: training_view(section, drawn, row))  # type: ignore[misc]
 
 
+def has_single_samples(config: Config, order: Order, *, world: int) -> bool:
+    """Whether some forward of a contiguously assigned run holds just one sample: pure."""
+    counts = {order.plan(step).count for step in (0, order.steps_per_epoch - 1)}
+    parts = {part for count in counts for part in (count // world, -(-count // world))}
+    return any(part % config.micro_batch == 1 or (part > 0 and config.micro_batch == 1) for part in parts)
+
+
 def largest_part(config: Config, *, world: int) -> int:
     """The most samples one micro-batch of a rank can hold: what a slot must have room for."""
     whole = config.global_batch if config.data.assignment == "owner" else -(-config.global_batch // world)

@@ -20,7 +20,7 @@ from alexnet_ddp.data.decode import ChooseView, DamagedImage, View, create_decod
 from alexnet_ddp.data.index import Index, open_index
 from alexnet_ddp.data.loader import CHUNK, Batch, Loader, SlotPool, Work, decode_threads, micro_batches
 from alexnet_ddp.data.order import Order
-from alexnet_ddp.data.training import Data, largest_part, training_works
+from alexnet_ddp.data.training import Data, has_single_samples, largest_part, training_works
 from alexnet_ddp.errors import UserError
 
 SIZE = 8
@@ -372,3 +372,17 @@ def test_training_works_make_up_each_batch() -> None:
                     assert views.setdefault((work.step, sample), view) == view
         assert steps == {step: order.batch(step).tolist() for step in range(first, 6)}
     assert len(set(views.values())) > 30
+
+
+def test_forwards_of_a_single_sample_are_foreseen() -> None:
+    """For any number of ranks and any micro-batch: foreseen exactly where the works of a run have one."""
+    seen = set()
+    for samples, micro_batch, world in itertools.product((20, 23, 27), (1, 2, 3, 4, 10), (1, 2, 3, 4, 12)):
+        config = build({"data": {"train": "/x"}, "global_batch": 10, "micro_batch": micro_batch, "epochs": 1})
+        order = Order(samples, global_batch=10, seed=4, shards=4, identity="ab" * 32)
+        data = Data(cast(Index, Samples(samples)), None, order)
+        single = any(len(work.samples) == 1 for rank in range(world)
+                     for work in training_works(config, data, first_step=0, rank=rank, world=world))
+        assert has_single_samples(config, order, world=world) == single, (samples, micro_batch, world)
+        seen.add(single)
+    assert seen == {True, False}
