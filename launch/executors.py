@@ -153,6 +153,8 @@ def submit_slurm(executor: SlurmExecutor, snapshots: Sequence[Path]) -> list[str
         words = " ".join((str(error) or said.getvalue()).split())
         raise UserError(f"Slurm refused the job: {words.removeprefix('sbatch: error: ')}. "
                         "The script it got is shown by --dry-run.") from None
+    except OSError as error:
+        raise UserError(f"The job's files can't be written to {folder}: {error.strerror or error}.") from None
     return [str(job.job_id) for job in jobs]
 
 

@@ -223,7 +223,7 @@ def hand_over(wanted: Order) -> list[Followed]:
             jobs = executors.submit_slurm(_slurm_executor(wanted, made), made)
         else:
             jobs = [executors.submit_local(made[0], wanted.folder, request=wanted.request, profile=wanted.profile)]
-    except BaseException:
+    except UserError:
         rundir.discard(made, wanted.folder)
         raise
     runs = []
