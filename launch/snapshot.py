@@ -170,15 +170,21 @@ def load(snapshot: Path) -> Snapshot:
                         f"{path} is none: {error}. `alexnet-ddp submit` makes them.") from None
 
 
-def made_by(job: str, *, run_dir: Path) -> Path | None:
-    """The newest snapshot that this job has made at an earlier start; None when there is none."""
-    for facts in sorted((run_dir / FOLDER).glob(f"[0-9]*/{FACTS}"), reverse=True):
+def made_by(job: str, *, runs: Path) -> Path | None:
+    """The newest snapshot that this job has made at an earlier start, in any run of `runs`; None when there is none."""
+    for facts in sorted(runs.glob(f"*/{FOLDER}/[0-9]*/{FACTS}"), key=lambda facts: facts.parent.name, reverse=True):
         try:
             if json.loads(facts.read_text(encoding="utf-8")).get("job") == job:
                 return facts.parent
         except (OSError, ValueError, AttributeError):
             continue
     return None
+
+
+def _runs_of(overrides: Sequence[str]) -> str:
+    """The folder of run directories, as far as the command line tells."""
+    told = [value for key, _, value in (override.partition("=") for override in overrides) if key.strip() == "runs"]
+    return told[-1] if told else str(Config.model_fields["runs"].default)
 
 
 def main(words: Sequence[str]) -> int:
@@ -193,12 +199,15 @@ def main(words: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(words)
     job = os.environ.get("SLURM_JOB_ID")
     try:
-        config, cwd = recipes.load(options.config, options.overrides), working_directory()
+        cwd, path = working_directory(), None
         # Without a restart, a snapshot under this job's number is another's: Slurm counts anew at some time.
-        again = job is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-        path = made_by(str(job), run_dir=run_directory(config, cwd)) if again else None
-        print(path or freeze(config, cwd=cwd, command=" ".join(["sbatch:", options.config, *options.overrides]),
-                             lead=seconds(options.lead_time), caps={}, accept_changes=options.accept_changes, job=job))
+        if job is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
+            # First without the recipe, which may have been edited meanwhile, and be broken.
+            path = made_by(job, runs=cwd / _runs_of(options.overrides)) or made_by(
+                job, runs=run_directory(recipes.load(options.config, options.overrides), cwd).parent)
+        print(path or freeze(recipes.load(options.config, options.overrides), cwd=cwd, job=job, caps={},
+                             command=" ".join(["sbatch:", options.config, *options.overrides]),
+                             lead=seconds(options.lead_time), accept_changes=options.accept_changes))
     except UserError as mistake:
         print(f"alexnet-ddp: error: {mistake}", file=sys.stderr, flush=True)
         return EXIT_USER

@@ -227,6 +227,7 @@ def test_command(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     recipe.write_text(recipe.read_text() + "epochs: 5\n")  # edited meanwhile
     assert made(capsys, str(recipe), "seed=3") == first
+    assert made(capsys, str(recipe), "seed=3", "name=another") == first
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     second = made(capsys, str(recipe), "seed=3")  # was killed before it could make one
     assert second != first
@@ -234,6 +235,22 @@ def test_command(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert made(capsys, str(recipe)) not in (first, second)  # the number of an old job, given anew
+
+
+@pytest.mark.parametrize("words", [[], ["runs=here"], ["name=a"]])
+def test_restart_needs_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+                                 words: list[str]) -> None:
+    """A job that comes back finds its snapshot also when the recipe has been broken, or deleted, meanwhile."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    (tmp_path / "small.yaml").write_text("data: {train: images}\n")
+    first = made(capsys, "small.yaml", *words)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (tmp_path / "small.yaml").write_text("not: [yaml")
+    assert made(capsys, "small.yaml", *words) == first
+    (tmp_path / "small.yaml").unlink()
+    assert made(capsys, "small.yaml", *words) == first
 
 
 def test_command_passes_over_what_is_broken(recipe: Path, capsys: pytest.CaptureFixture[str],
