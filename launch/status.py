@@ -54,12 +54,12 @@ def notes(row: Row) -> list[str]:
         lines.append(f"not exact: {row.why_not_exact}")
     if row.state not in ("running", "saving", "finished") and row.checkpoint_step not in (None, row.step):
         lines.append(f"the newest checkpoint is that of step {row.checkpoint_step}")
-    if row.restarts or row.nodes:
-        times = f"restarted {row.restarts} {'time' if row.restarts == 1 else 'times'}" if row.restarts else ""
-        lines.append(f"job {row.job}: " + ", ".join(filter(None, [times, f"on {row.nodes}" if row.nodes else ""])))
+    times = {0: "", 1: "restarted once"}.get(row.restarts or 0, f"restarted {row.restarts} times")
+    lines += [", ".join(filter(None, [times, f"on {row.nodes}" if row.nodes else ""]))] if times or row.nodes else []
     if row.requeue and row.state != "finished":
-        decision = DECISIONS.get(row.requeue["decision"], row.requeue["decision"])
-        lines.append(f"last end: {row.requeue['cause']}; {decision}: {row.requeue['reason']}")
+        cause, decision = row.requeue["cause"], row.requeue["decision"]
+        reason = row.requeue["reason"].removeprefix(cause).lstrip(";, ")  # it mostly begins with the cause
+        lines.append(f"last end: {cause}; {DECISIONS.get(decision, decision)}: {reason}")
     return lines
 
 

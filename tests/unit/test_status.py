@@ -53,7 +53,7 @@ def row(**more: Any) -> Row:
 
 
 def requeue(decision: str) -> dict[str, Any]:
-    return {"decision": decision, "cause": "walltime", "reason": "20 new steps saved", "time": "2026-11-22T01:00:00"}
+    return {"decision": decision, "cause": "walltime", "reason": "walltime; 20 new steps saved", "time": "2026-11-22T01:00:00"}
 
 
 SUBMITTED = {"event": "submit", "job": "12", "array": None}
@@ -151,7 +151,7 @@ def test_exactness_and_requeues_are_told() -> None:
                 attempts=[begin(4)], queued=[queued("RUNNING", nodes="n[1-2]")], beat=ELSEWHERE)
     assert (found.exact, found.why_not_exact, found.restarts) == (False, "decoder a -> b", 4)
     told = status.table([found])
-    for words in ("not exact: decoder a -> b", "job 12: restarted 4 times, on n[1-2]",
+    for words in ("not exact: decoder a -> b", "restarted 4 times, on n[1-2]",
                   "last end: walltime; requeued: 20 new steps saved"):
         assert words in told
 
