@@ -37,6 +37,12 @@ class DeviceFailed(UserError):
     kind = "device"
 
 
+class Unreadable(UserError):
+    """Data that was there when the run began and can't be read now: deleted, or a file system that is away."""
+
+    kind = "disk"
+
+
 class RunFailed(RuntimeError):
     """The run can't go on; one line that names rank, host, step and cause has been (or will be) printed."""
 

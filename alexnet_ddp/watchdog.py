@@ -37,6 +37,7 @@ STALE = 3.5  # seconds without a new beat after which a rank counts as dead
 ORPHAN_GRACE = 15.0  # seconds a rank may still save in once its launcher is gone
 ANSWER = 5.0  # seconds the store may take to answer; it sits with rank 0 or its agent, which may be what has failed
 LAST_LINE = 0.8  # seconds in which the others learn of it and print what they have begun: the failure comes last
+WRITTEN = 15.0  # seconds rank 0 may take to finish a save and to write state.json; the others wait for it
 LAST_WORDS = 25.0  # seconds a failing rank may take to say why: the disk may be what has failed
 
 # What a rank does between two counts of the steps done, in order; in "gather" and "reduce" it waits for the others.
@@ -267,15 +268,30 @@ class Watchdog:
             if failure.detail and failure.told:
                 print(failure.detail, file=sys.stderr)
             print(failure.line(), file=sys.stderr, flush=True)
-        else:
-            time.sleep(2 * LAST_LINE)  # a launcher takes the rank that leaves first for the cause
         told.append(first)
         pid = self._world.pids[first.rank]
         if first.silent and pid and first.rank != self._world.rank:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(Exception):
-            self.on_failure(first)
+        if self._world.rank == 0:
+            time.sleep(0 if first == failure else LAST_LINE)
+            with contextlib.suppress(Exception):
+                self.on_failure(first)
+            self._ask(lambda store: store.set("written", ""), otherwise=None)
+        else:
+            self._wait_for_rank_0(first)
+        if first != failure:
+            time.sleep(LAST_LINE)  # a launcher takes the rank that leaves first for the cause
+
+    def _wait_for_rank_0(self, failure: Failure) -> None:
+        """Until rank 0 has written how it ended, if it still can: srun kills it when another rank leaves before."""
+        if failure.rank == 0 and (failure.silent or failure.kind == "dead"):
+            return
+        deadline = time.monotonic() + WRITTEN
+        while time.monotonic() < deadline and 0 not in [rank for rank, _ in self._lost_here()]:
+            if self._ask(lambda store: store.check(["written"]), otherwise=True):  # or its store has gone with it
+                return
+            time.sleep(0.1)
 
     # --- who was first ------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from alexnet_ddp.data.decode import ChooseView, DamagedImage, Decoder, to_stage
 from alexnet_ddp.data.index import Index
 from alexnet_ddp.data.randomness import Draws
-from alexnet_ddp.errors import UserError
+from alexnet_ddp.errors import Unreadable, UserError
 
 CHUNK = 16  # images a task: makes the pool's dispatch cost (25 us) vanish beside the decoding
 
@@ -197,8 +197,8 @@ class Loader:
                 raise UserError(f"Damaged image: {self._index.where(sample)} (sample {sample}): {error}.\n"
                                 f"Replace or remove that file and start again.") from None
             except OSError as error:
-                raise UserError(f"Can't read {self._index.where(sample)} (sample {sample}): "
-                                f"{error.strerror or error}.") from None
+                raise Unreadable(f"Can't read {self._index.where(sample)} (sample {sample}): "
+                                 f"{error.strerror or error}.") from None
             batch.slot.views[row] = view.numbers()
 
     def close(self) -> None:

@@ -58,6 +58,24 @@ def check_told(result: harness.Result, run: Path, *, rank: int, step: int, cause
     return error
 
 
+@pytest.mark.parametrize(("rank", "words"), [(1, ["fault.kind=error", "fault.step=4"]),
+                                             (2, ["fault.kind=oom", "fault.step=4"]),
+                                             (0, ["fault.kind=error", "fault.step=4"])])
+def test_state_is_written_before_a_rank_leaves(recipe: Path, rank: int, words: list[str]) -> None:
+    """When all others are killed at once as the first rank leaves (srun --kill-on-bad-exit), state.json has it all."""
+    run = recipe.parent / "runs" / f"killed_by_srun{rank}"
+    ranks = harness.start(["train", str(recipe), f"name={run.name}", *QUICK, *words, f"fault.rank={rank}"], world=3)
+    while all(process.is_alive() for process in ranks.processes):
+        time.sleep(0.001)
+    for process in ranks.processes:
+        process.kill()
+    result = ranks.wait()
+    state = json.loads((run / "state.json").read_text())
+    assert state["status"] == "failed" and state["failure"]["rank"] == rank, result.output
+    assert not (run / "lease.json").exists()
+    assert result.codes[rank] in (1, 2)  # it left first
+
+
 def check_goes_on(recipe: Path, name: str) -> None:
     """What was saved verifies, and the same command without the fault finishes the run."""
     run = recipe.parent / "runs" / name

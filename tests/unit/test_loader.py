@@ -21,7 +21,7 @@ from alexnet_ddp.data.index import Index, open_index
 from alexnet_ddp.data.loader import CHUNK, Batch, Loader, SlotPool, Work, decode_threads, micro_batches
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.training import Data, has_single_samples, largest_part, training_works
-from alexnet_ddp.errors import UserError
+from alexnet_ddp.errors import Unreadable, UserError
 
 SIZE = 8
 WAIT = 30.0  # seconds that a test waits for what must happen
@@ -264,7 +264,7 @@ def test_damaged_image_surfaces_in_its_turn() -> None:
 def test_unreadable_file_surfaces() -> None:
     """A file that can't be read is a UserError with its name and the system's reason."""
     samples = Samples(5, broken={2: OSError(5, "Input/output error")})
-    with loader(samples) as load, pytest.raises(UserError, match=r"/images/2\.jpg \(sample 2\): Input/output error"):
+    with loader(samples) as load, pytest.raises(Unreadable, match=r"/images/2\.jpg \(sample 2\): Input/output error"):
         next(load.run(works([0, 1, 2])))
 
 

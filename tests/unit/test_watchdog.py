@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from alexnet_ddp.checkpoint.store import NotFinite
 from alexnet_ddp.checkpoint.writer import SaveFailed
-from alexnet_ddp.errors import Diverged, OutOfMemory, UserError
+from alexnet_ddp.errors import DeviceFailed, Diverged, OutOfMemory, Unreadable, UserError
 from alexnet_ddp.lease import LeaseLost
 from alexnet_ddp.watchdog import Failure, kind_of
 
@@ -22,6 +22,8 @@ REFUSED = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: ca
     (OutOfMemory("out of memory with micro_batch=128"), "memory"),
     (Diverged("not finite in 20 steps in a row"), "nonfinite"),
     (NotFinite("conv1.weight holds inf or nan"), "nonfinite"),
+    (DeviceFailed("cuda:0 can't be used"), "device"),
+    (Unreadable("Can't read a.jpg: Stale file handle"), "disk"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "memory"),
     (RuntimeError(REFUSED), "memory"),
     (MemoryError(), "memory"),
