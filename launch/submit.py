@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,10 @@ def order(options: argparse.Namespace, *, command: str) -> Order:
                               dependency=options.dependency or "")
     site = Cluster()
     if cluster == "slurm":
-        site = Cluster(partitions=slurm.partitions(timeout=PATIENCE), config=slurm.config(timeout=PATIENCE))
+        with ThreadPoolExecutor() as asking:  # at once: a busy slurmctld takes its time over each
+            partitions = asking.submit(slurm.partitions, timeout=PATIENCE)
+            config = asking.submit(slurm.config, timeout=PATIENCE)
+        site = Cluster(partitions=partitions.result(), config=config.result())
     request = _request(options, profile, jobs=len(keep), site=site)
     notes = [f"profile {path}"] if path else []
     notes += _check(request, site, facts=[facts[number] for number in keep], fresh=options.fresh, cluster=cluster)
@@ -96,6 +101,7 @@ def order(options: argparse.Namespace, *, command: str) -> Order:
         raise UserError("The recipe says device: cuda, and no GPU is asked for. Use --gpus-per-node N.")
     elif not request.gpus and first.device == "auto":
         notes.append("no GPU is asked for (--gpus-per-node N): it trains on CPUs")
+    notes += _unseen_data(first, cwd)
     plain = {name: getattr(options, name) or getattr(profile, name, None)
              for name in ("partition", "account", "qos", "constraint", "nodelist", "exclude", "dependency", "mem")}
     return Order(
@@ -105,6 +111,13 @@ def order(options: argparse.Namespace, *, command: str) -> Order:
         options={"job_name": options.job_name or first.name, **plain},
         site=site, cluster=cluster, cwd=cwd, command=command, parallel=options.parallel,
         accept_changes=options.accept_changes, notes=notes)
+
+
+def _unseen_data(config: Config, cwd: Path) -> list[str]:
+    """Data that this machine doesn't see: on a login node no mistake yet."""
+    places = [("data.train", config.data.train), ("data.val", config.data.val)]
+    return [f"{name}={place} isn't there on this machine; the nodes must have it" for name, place in places
+            if place and not re.search(r"[*?{\[]", place) and not (cwd / place.partition("::")[0]).exists()]
 
 
 def _seeded(options: argparse.Namespace, first: Config) -> list[Config]:

@@ -360,6 +360,14 @@ def test_profile_that_gives_up_requeueing(fake_slurm: Slurm, recipe: str, said: 
         assert "can't be set here" in refusal(said, recipe, "--profile", f"{tmp_path}/site.yaml")
 
 
+def test_data_that_is_not_seen(no_slurm: None, recipe: str, said: Said, tmp_path: Path) -> None:
+    """Data that the login node doesn't see are worth a word; patterns are left to the nodes."""
+    note = f"note: data.train={tmp_path}/images isn't there on this machine; the nodes must have it."
+    assert note in said(recipe, "--dry-run")[1]
+    for there in (f"{tmp_path}/work/small.yaml::sub/folder", f"{tmp_path}/shard-*.tar", f"{tmp_path}/{{000..009}}.tar"):
+        assert "isn't there" not in said(recipe, f"data.train={there}", "--dry-run")[1]
+
+
 def test_no_sbatch(no_slurm: None, recipe: str, said: Said, tmp_path: Path) -> None:
     """On a machine without sbatch it says what can be done there, and leaves nothing behind."""
     assert "no sbatch on this machine's PATH" in refusal(said, recipe)
