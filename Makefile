@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What the surrounding shell says about other environments is not for ours.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT PIP_REQUIRE_VIRTUALENV
 
-.PHONY: help setup demo test lint types drills gpu constraints clean
+.PHONY: help setup demo test test-slurm lint types drills gpu constraints clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## the environment in .venv (the other targets do it by themselves)
 
@@ -24,13 +24,17 @@ demo: $(STAMP) ## train AlexNet on two ranks, stop it, resume it exactly, show i
 test: $(STAMP) ## all quick tests
 	$(BIN)/python -m pytest $(ARGS)
 
+# It asks for what no other target does: Debian's Slurm packages, root, and daemons while it runs.
+test-slurm: $(STAMP) ## real runs on a real Slurm, which is installed and started for it (root, Debian)
+	ALEXNET_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
+
 lint: $(STAMP) ## ruff
 	$(BIN)/python -m ruff check .
 
 types: $(STAMP) ## mypy
 	$(BIN)/python -m mypy
 
-drills: $(STAMP) ## the full matrices of kills, stops and world sizes (long)
+drills: $(STAMP) ## the full matrices (long); those on Slurm only with ALEXNET_TEST_SLURM=1
 	$(BIN)/python -m pytest tests/drills -m drill $(ARGS)
 
 gpu: $(STAMP) ## tests and benchmarks that need an NVIDIA GPU

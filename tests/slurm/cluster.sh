@@ -69,6 +69,8 @@ write_config() {
     done
     cat >"$SLURM_CONF" <<CONF
 ClusterName=alexnet
+# No two of these clusters count the same jobs: what one leaves is never taken for another's.
+FirstJobId=$((1000 + RANDOM))
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$PORT
 SlurmUser=root
@@ -187,6 +189,17 @@ stop() { # PIDFILE NAME
     rm -f "$1"
 }
 
+left_behind() { # process numbers of jobs, and of daemons of ours without a pid file
+    local place told
+    for place in /proc/[0-9]*; do
+        told=$(tr '\0' '\n' <"$place/environ" | grep -xE "SLURM_CONF=$SLURM_CONF|SLURMD_NODENAME=.*") || continue
+        case "$told" in *"$SLURM_CONF"*) ;; *) continue ;; esac
+        case "$told $(cat "$place/comm")" in
+            *SLURMD_NODENAME=* | *slurmd | *slurmstepd) echo "${place#/proc/}" ;;
+        esac
+    done
+} 2>/dev/null
+
 down() {
     [ -d "$HOME_DIR" ] || return 0
     [ -e "$SLURM_CONF" ] || die "$HOME_DIR isn't a cluster's folder: it is left as it is"
@@ -197,6 +210,7 @@ down() {
         for _ in $(seq 100); do [ -z "$(squeue -h 2>/dev/null)" ] && break; sleep 0.2; done
     fi
     for node in "${NODES[@]}"; do stop "$HOME_DIR/run/$node.pid" slurmd; done
+    left_behind | xargs -r kill -9 2>/dev/null || true # jobs that scancel didn't end
     stop "$HOME_DIR/run/slurmctld.pid" slurmctld
     stop "$HOME_DIR/munge/run/pid" munged
     for node in "${NODES[@]}"; do

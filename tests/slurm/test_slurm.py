@@ -1,0 +1,22 @@
+"""The quick part of what a cluster can do to a run, on a real Slurm (tests/scenarios.py); all of it: make drills."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from scenarios import QUICK, Scenario
+
+if TYPE_CHECKING:
+    from campaign import Campaign
+
+pytest_plugins = ["campaign"]
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("scenario", QUICK, ids=lambda scenario: scenario.__name__)
+def test_run_survives(scenario: Scenario, campaign: Campaign) -> None:
+    """Disturbed as the scenario says, the run ends with the undisturbed one's weights, and nothing of it is left."""
+    campaign.result(scenario)
