@@ -78,7 +78,7 @@ def judge(facts: Facts) -> Row:
 def _word(facts: Facts, job: Queued | Past | None, begun: dict[str, Any] | None) -> tuple[str, str]:
     """The run's state in a word, and why. `begun`: the newest start of a job in it."""
     state = facts.state
-    status, why = _text(state.get("status")), _text(state.get("why"))
+    status, why = _text(state.get("status")), _text(state.get("why")).removeprefix("alexnet-ddp: ")
     if status == "preempted" and why:
         why = f"stopped by {why}"
     if isinstance(job, Queued) and job.living:
@@ -100,7 +100,7 @@ def _word(facts: Facts, job: Queued | Past | None, begun: dict[str, Any] | None)
             return ("starting" if begun else "queued"), "Slurm can't be asked"
         return "lost", f"{_gone(facts, job)}, and it never trained"
     elif not status:
-        return ("unknown", "its state.json is missing or can't be read") if facts.saved else ("new", "not started yet")
+        return ("unknown", "its state.json is missing or can't be read") if facts.saved else ("new", "it has not trained yet")
     return (status, why) if status in ("preempted", "failed", "finished") else ("unknown", f"state.json says {status}")
 
 

@@ -109,8 +109,9 @@ def _cut(text: str, room: int) -> str:
 def watch(names: Sequence[str], *, runs: Path) -> NoReturn:
     """Prints until it is interrupted: a terminal is drawn anew, elsewhere the rows that have changed are printed."""
     cluster, live, before = Cluster(), sys.stdout.isatty(), dict[str, Row]()
+    named = find(names, runs=runs) if names else None  # --fresh may move one away meanwhile
     while True:
-        rows = [judge(facts) for facts in gather(find(names, runs=runs), cluster)]
+        rows = [judge(facts) for facts in gather(named or find([], runs=runs), cluster)]
         if live:
             shown = table(rows) if rows else f"No runs in {runs} yet."
             print(f"\x1b[H\x1b[J{time.strftime('%H:%M:%S')}, every {EVERY:g} s; Ctrl-C leaves\n{shown}", flush=True)

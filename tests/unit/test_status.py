@@ -60,7 +60,7 @@ SUBMITTED = {"event": "submit", "job": "12", "array": None}
 MINE = {"jobs": ("12",)}
 WORDS: dict[str, tuple[dict[str, Any], str, str]] = {
     # on this machine, without Slurm
-    "an empty folder": ({}, "new", "not started"),
+    "an empty folder": ({}, "new", "not trained yet"),
     "running": ({"state": state("running", job=None), "beat": ALIVE}, "running", "^$"),
     "running on another host": ({"state": state("running", job=None), "beat": ELSEWHERE}, "running", "^$"),
     "saving": ({"state": state("running", job=None), "beat": ALIVE, "saving": True}, "saving", "^$"),
@@ -68,7 +68,7 @@ WORDS: dict[str, tuple[dict[str, Any], str, str]] = {
     "killed on another host": ({"state": state("running", job=None), "beat": OLD}, "lost", "same command"),
     "killed, its lease gone": ({"state": state("running", job=None)}, "lost", "same command"),
     "Ctrl-C": ({"state": state("preempted", job=None, why="INT")}, "preempted", "stopped by INT; the same command"),
-    "failed": ({"state": state("failed", job=None, why="rank 1 on a: boom")}, "failed", "^rank 1 on a: boom$"),
+    "failed": ({"state": state("failed", job=None, why="alexnet-ddp: rank 1 on a: boom")}, "failed", "^rank 1 on a: boom$"),
     "finished": ({"state": state("finished", step=100)}, "finished", "^$"),
     "a state of a later version": ({"state": state("resting")}, "unknown", "resting"),
     "checkpoints but no state": ({"saved": Saved(3, Path("x"), NOW)}, "unknown", "missing"),
