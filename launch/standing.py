@@ -100,7 +100,9 @@ def _word(facts: Facts, job: Queued | Past | None, begun: dict[str, Any] | None)
             return ("starting" if begun else "queued"), "Slurm can't be asked"
         return "lost", f"{_gone(facts, job)}, and it never trained"
     elif not status:
-        return ("unknown", "its state.json is missing or can't be read") if facts.saved else ("new", "it has not trained yet")
+        if facts.saved:
+            return "unknown", "its state.json is missing or can't be read"
+        return "new", "it has not trained yet"
     return (status, why) if status in ("preempted", "failed", "finished") else ("unknown", f"state.json says {status}")
 
 

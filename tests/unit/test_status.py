@@ -53,7 +53,7 @@ def row(**more: Any) -> Row:
 
 
 def requeue(decision: str) -> dict[str, Any]:
-    return {"decision": decision, "cause": "walltime", "reason": "walltime; 20 new steps saved", "time": "2026-11-22T01:00:00"}
+    return {"decision": decision, "cause": "walltime", "reason": "walltime; 20 new steps saved", "time": "now"}
 
 
 SUBMITTED = {"event": "submit", "job": "12", "array": None}
@@ -68,7 +68,7 @@ WORDS: dict[str, tuple[dict[str, Any], str, str]] = {
     "killed on another host": ({"state": state("running", job=None), "beat": OLD}, "lost", "same command"),
     "killed, its lease gone": ({"state": state("running", job=None)}, "lost", "same command"),
     "Ctrl-C": ({"state": state("preempted", job=None, why="INT")}, "preempted", "stopped by INT; the same command"),
-    "failed": ({"state": state("failed", job=None, why="alexnet-ddp: rank 1 on a: boom")}, "failed", "^rank 1 on a: boom$"),
+    "failed": ({"state": state("failed", job=None, why="alexnet-ddp: rank 1 on a: boom")}, "failed", "^rank 1 on a"),
     "finished": ({"state": state("finished", step=100)}, "finished", "^$"),
     "a state of a later version": ({"state": state("resting")}, "unknown", "resting"),
     "checkpoints but no state": ({"saved": Saved(3, Path("x"), NOW)}, "unknown", "missing"),
