@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -65,7 +66,8 @@ def check_free(facts: Facts, *, dependency: str) -> None:
     A job that waits for the other one (`dependency`) may be submitted.
     """
     alive = [job for job in facts.queued or () if job.state not in OVER and {job.job, job.raw} & set(facts.jobs)]
-    waited_for = dependency == "singleton" or all(job.job in dependency or job.raw in dependency for job in alive)
+    waits_for = set(re.findall(r"\d+(?:_\d+)?", dependency))
+    waited_for = dependency == "singleton" or all({job.job, job.raw} & waits_for for job in alive)
     if alive and not waited_for:
         job = alive[0]
         raise UserError(

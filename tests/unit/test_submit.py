@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -479,7 +480,7 @@ def test_who_owns(tmp_path: Path, state: str, free: bool) -> None:
     """A job that waits, or that Slurm may bring back, owns its run; one that is over, or of another run, doesn't."""
     facts = Facts(run_dir=tmp_path, now=0.0, jobs=("77",), queued=[queued(state)])
     with contextlib.nullcontext() if free else pytest.raises(UserError, match="works in"):
-        rundir.check_free(facts, dependency="afterany:5")
+        rundir.check_free(facts, dependency="afterany:5:770")
     for dependency in ("afterany:77", "singleton"):
         rundir.check_free(facts, dependency=dependency)
     rundir.check_free(replace(facts, jobs=("78",)), dependency="")
@@ -814,6 +815,37 @@ def test_detached_failure() -> None:
 
     with pytest.raises(UserError, match="can't be started on this machine: OSError: no more processes"):
         executors.detached(fail)
+
+
+def test_local(recipe: str, run_dir: Path, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine submitit's local executor gets the frozen code, the size, the times, and blocked signals."""
+    seen: dict[str, Any] = {}
+
+    class Executor:
+        def __init__(self, folder: Path, *, python: str) -> None:
+            seen.update(folder=folder, python=python, path=os.environ["PYTHONPATH"])
+
+        def update_parameters(self, **parameters: Any) -> None:
+            seen.update(parameters)
+
+        def submit(self, task: executors.Task) -> Any:
+            seen.update(snapshots=task.snapshots, job=os.environ.get("SLURM_JOB_ID"))
+            return argparse.Namespace(job_id=4321)
+
+    monkeypatch.setattr(executors.submitit, "LocalExecutor", Executor)
+    monkeypatch.setattr(executors, "detached", lambda act: act())
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    out, _ = said(recipe, "--cluster", "local", "--gpus-per-node", "2", "--time", "10m", "--lead-time", "30s")
+    [frozen] = map(str, (run_dir / "snapshots").iterdir())
+    assert seen == {
+        "folder": run_dir / "slurm", "path": f"{frozen}:/mine", "snapshots": [frozen], "job": None,
+        "python": f"{sys.executable} -P -m launch.block {sys.executable} -P", "timeout_min": 10.0, "signal_delay_s": 30,
+        "tasks_per_node": 2, "gpus_per_node": 2, "visible_gpus": [2, 3], "stderr_to_stdout": True}
+    assert os.environ["PYTHONPATH"] == "/mine"
+    assert "submitted process 4321 on this machine: 1 node x 2 tasks with one GPU each, 10m at a time" in out
+    assert "runs/small/slurm/4321_0_log.out" in out
 
 
 def test_local_dry_run(no_slurm: None, recipe: str, said: Said) -> None:
