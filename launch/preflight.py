@@ -199,6 +199,10 @@ def _fits(request: Request, partition: Partition) -> Refusal | None:
     kinds = partition.nodes
     if not kinds:
         return None
+    total = sum(kind.count for kind in kinds)
+    if total < request.nodes:
+        return Refusal(f"Partition {partition.name} has {_count(total, 'node')}", f"--nodes {request.nodes}",
+                       f"Use --nodes {total}, or another partition.")
     wants: list[tuple[str, str, Callable[[Nodes], bool], str]] = []  # what, asked how, who has it, who has most
     if request.gpus:
         most = max(kind.gpus for kind in kinds)
@@ -213,7 +217,8 @@ def _fits(request: Request, partition: Partition) -> Refusal | None:
                       f"The types there are: {', '.join(types)}."))
     cpus = request.tasks * (request.cpus or 1)
     most = max(kind.cpus for kind in kinds)
-    asked = (f"--cpus-per-task {request.cpus}" if request.cpus else "one CPU") + f" for each of {request.tasks} tasks"
+    asked = f"--cpus-per-task {request.cpus}" if request.cpus else "one CPU"
+    asked += f" for each of {_count(request.tasks, 'task')}"
     wants.append((f"{_count(cpus, 'CPU')} each", asked, lambda kind: kind.cpus >= cpus,
                   f"The most that a node has is {_count(most, 'CPU')}: use --cpus-per-task "
                   f"{most // request.tasks} or less." if most >= request.tasks else

@@ -28,7 +28,7 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.runfiles import add_attempt
-from alexnet_ddp.stop import lead_time
+from alexnet_ddp.stop import STOP_FILE, lead_time
 from launch import durations, executors, plan, preflight, profiles, rundir, slurm, snapshot
 from launch.facts import Facts
 from launch.follow import Followed, follow
@@ -263,7 +263,7 @@ def tell_submitted(wanted: Order, runs: Sequence[Followed]) -> None:
         print(f"  log     {title}{_short(run.log)}")
     print(f"  status: alexnet-ddp status {' '.join(shlex.quote(_short(run.run_dir)) for run in runs)}")
     stop = f"scancel {job}" if wanted.cluster == "slurm" else f"kill {job}"
-    print(f"  stop:   {stop} (or: touch {shlex.quote(_short(runs[0].run_dir))}/STOP, which saves first)")
+    print(f"  stop:   {stop} (or: touch {shlex.quote(_short(runs[0].run_dir / STOP_FILE))}, which saves first)")
     sys.stdout.flush()
 
 

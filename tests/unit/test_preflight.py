@@ -79,6 +79,8 @@ TABLE = [
      "Use --time 1-00:00:00: the run comes back after it, as often as it takes."),
     (Request(nodes=5), "Jobs in partition gpu have at most 4 nodes (MaxNodes); found --nodes 5. Use --nodes 4, or "
      "another partition."),
+    (Request(nodes=3, partitions=("cpu",), gpus=9, tasks=9), "Partition cpu has 2 nodes; found --nodes 3. "
+     "Use --nodes 2, or another partition."),
     (Request(gpus=16, tasks=16), "Partition gpu has no nodes with 16 GPUs each; found --gpus-per-node 16 on 1 node. "
      "The most that a node has is 8 GPUs: use more --nodes with fewer GPUs each."),
     (Request(partitions=("cpu",), gpus=1), "Partition cpu has no nodes with 1 GPU each; found --gpus-per-node 1 on "
