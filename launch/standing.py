@@ -67,7 +67,7 @@ def judge(facts: Facts) -> Row:
         restarts=_whole((begun or state).get("restart")) if facts.jobs else None,
         job=job.job if job else facts.jobs[0] if facts.jobs else None,
         job_state=job.state if job else None,
-        nodes=job.nodes or None if isinstance(job, Queued) else None,
+        nodes=job.nodes or None if isinstance(job, Queued) and job.living else None,
         checkpoint_step=facts.saved.step if facts.saved else None,
         checkpoint_age=max(0.0, facts.now - facts.saved.time) if facts.saved else None,
         requeue={key: _text(requeue.get(key)) for key in ("decision", "cause", "reason", "time")}
@@ -84,7 +84,7 @@ def _word(facts: Facts, job: Queued | Past | None, begun: dict[str, Any] | None)
     if isinstance(job, Queued) and job.living:
         started = any(_of(job, one) for one in [state, *facts.attempts] if one.get("event") in ("begin", "end", None))
         if job.waiting:
-            return ("requeued" if started else "queued"), _waiting(job)
+            return ("requeued" if started else "queued"), _waiting(job, now=facts.now)
         if not _heard(job, state, begun):
             return "starting", f"job {job.job} is {job.state}; its ranks have not begun yet"
         if status == "running":
@@ -163,8 +163,9 @@ def _heard(job: Queued, state: dict[str, Any], begun: dict[str, Any] | None) -> 
     return _of(job, state) and (_whole(state.get("restart")) or 0) >= restart
 
 
-def _waiting(job: Queued) -> str:
-    when = f"; Slurm expects to start it at {_clock(job.start_time)}" if job.start_time else ""
+def _waiting(job: Queued, *, now: float) -> str:
+    late = job.start_time is not None and job.start_time > now + 60  # of a requeued job it is the delay's end
+    when = f"; Slurm expects to start it at {_clock(job.start_time)}" if late and job.start_time else ""
     return f"job {job.job} is {job.state}{f' ({job.reason})' if job.reason else ''}{when}"
 
 
