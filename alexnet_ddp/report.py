@@ -63,7 +63,6 @@ class Report:
         self._saved = time.monotonic()  # when the last save began
         self._warned = False  # of a state.json that can't be written
         self._asked = False  # for a save, of all ranks
-        self._saving = 0  # the step of the save under way
         self.step_seconds = 0.0  # the slowest step so far
 
     def greet(self, *, data: Data, world: World, parameters: int, device: str, step: int) -> None:
@@ -139,8 +138,6 @@ class Report:
         """
         self._saved, self._asked = time.monotonic(), False
         self._metrics.flush(durable=True)
-        self.writer.wait()
-        self._saving = state.step
         self.writer.submit(state, best_model=self._config.model.name if improved else None)
         if self._config.fault.kind != "slow":
             faults.strike(self._config.fault, at="save", step=state.step, rank=0)
@@ -152,7 +149,7 @@ class Report:
     def _guard(self) -> None:
         """In the background, right before a publish: where a save is slow, so that much can happen meanwhile."""
         if self._config.fault.kind == "slow":
-            faults.strike(self._config.fault, at="save", step=self._saving, rank=0)
+            faults.strike(self._config.fault, at="save", step=self.writer.saving, rank=0)
         self._directory.guard()
 
     # --- state.json, and the end --------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ class Writer:
         self.directory, self.keep, self.attempt = directory, keep, attempt
         self.lineage, self.guard, self.log = lineage, guard, log
         self.last: Saved | None = None
+        self.saving = 0  # step of the save in flight, or of the last one
         self.failures_in_a_row = 0
         self.failure: str | None = None  # the line about the last failure; None after a success
         self._thread: threading.Thread | None = None
@@ -97,6 +98,7 @@ class Writer:
         if best_model is not None:
             assert staged.best is not None, "best weights without a best metric"
             self._best = Best(best_model, staged.model, staged.best)
+        self.saving = state.step
         stall = time.monotonic() - start
         # Not a daemon: should the loop die of something else, the interpreter waits for the save to end.
         self._thread = threading.Thread(
