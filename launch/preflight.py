@@ -6,6 +6,7 @@ A check refuses only what it knows to be impossible: where Slurm can't be asked,
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from launch.slurm import Nodes, Partition
 
 STARTUP = 15.0  # seconds that a job needs at least besides its lead time to be of any use
 LEAD = 120.0  # seconds: default lead time
-SHARE = 4  # ... and it takes at most this part of the time limit
+SHARE = 4  # ... and it takes at most this part of the time limit, or half of it where the run is known to need more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,13 @@ class Verdict:
     notes: list[str] = field(default_factory=list)  # possible, but worth a word
 
 
-def default_lead(limit: float | None) -> float:
-    """Seconds of lead for a time limit (None or inf: none), where the user doesn't say."""
-    return LEAD if limit is None else max(1.0, min(LEAD, limit // SHARE))
+def default_lead(limit: float | None, *, needed: float | None = None) -> float:
+    """Seconds of lead for a time limit (None or inf: none), where the user doesn't say.
+
+    `needed`: what leaving takes, where that is known.
+    """
+    lead = LEAD if limit is None else max(1.0, min(LEAD, limit // SHARE))
+    return max(lead, needed) if needed is not None and (limit is None or needed <= limit / 2) else lead
 
 
 def check(request: Request, cluster: Cluster, *, known: Known | None = None) -> Verdict:
@@ -149,7 +154,7 @@ def _times(request: Request, chosen: Sequence[Partition]) -> Refusal | None:
 def _leads(request: Request, known: Known) -> Refusal | None:
     if known.needed is None or request.lead >= known.needed:
         return None
-    least = int(known.needed) + 1
+    least = math.ceil(known.needed)
     return Refusal(
         "The lead time must be long enough for two steps, a save and a margin",
         f"{durations.words(request.lead)}, and in this run the slowest step took {known.step or 0:.1f} s and the last "

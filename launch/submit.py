@@ -33,7 +33,7 @@ from launch import durations, executors, plan, preflight, profiles, rundir, slur
 from launch.facts import Facts
 from launch.follow import Followed, follow
 from launch.options import parser, seeds
-from launch.preflight import Cluster, Request
+from launch.preflight import Cluster, Known, Request
 from launch.profiles import Profile, Value
 from launch.requeue import Caps
 
@@ -92,9 +92,10 @@ def order(options: argparse.Namespace, *, command: str) -> Order:
             partitions = asking.submit(slurm.partitions, timeout=PATIENCE)
             config = asking.submit(slurm.config, timeout=PATIENCE)
         site = Cluster(partitions=partitions.result(), config=config.result())
-    request = _request(options, profile, jobs=len(keep), site=site)
+    known = Known() if options.fresh or cluster == "debug" else _known([facts[number] for number in keep])
+    request = _request(options, profile, jobs=len(keep), site=site, known=known)
     notes = [f"profile {path}"] if path else []
-    notes += _check(request, site, facts=[facts[number] for number in keep], fresh=options.fresh, cluster=cluster)
+    notes += _check(request, site, known=known, cluster=cluster)
     if request.gpus and first.device == "cpu":
         notes.append("the recipe says device: cpu, and GPUs are asked for all the same")
     elif not request.gpus and first.device == "cuda":
@@ -130,7 +131,8 @@ def _seeded(options: argparse.Namespace, first: Config) -> list[Config]:
             for seed in seeds(options.seeds)]
 
 
-def _request(options: argparse.Namespace, profile: Profile, *, jobs: int, site: Cluster) -> Request:
+def _request(options: argparse.Namespace, profile: Profile, *, jobs: int, site: Cluster,
+             known: Known) -> Request:
     kind, gpus = options.gpus_per_node
     if options.gpus_per_task is not None and not gpus:
         gpus = options.gpus_per_task * (options.tasks_per_node or 1)
@@ -148,19 +150,22 @@ def _request(options: argparse.Namespace, profile: Profile, *, jobs: int, site: 
         limit=durations.seconds(time) if time else None, partitions=tuple(filter(None, (partition or "").split(","))),
         qos=options.qos or profile.qos, jobs=jobs)
     lead = (durations.seconds(options.lead_time) if options.lead_time
-            else preflight.default_lead(preflight.limit_of(request, site)))
+            else preflight.default_lead(preflight.limit_of(request, site), needed=known.needed))
     if not 1 <= lead < 65536:  # sbatch's own bound
         raise UserError(f"--lead-time is between 1 s and 65535 s, got {options.lead_time}.")
     return Request(**{**vars(request), "lead": float(math.ceil(lead))})
 
 
-def _check(request: Request, site: Cluster, *, facts: Sequence[Facts], fresh: bool, cluster: str) -> list[str]:
+def _known(facts: Sequence[Facts]) -> Known:
+    """How long the slowest of these runs has taken to leave."""
+    step = max((rundir.number(one.state, "step_seconds") for one in facts), default=0.0)
+    save = max((rundir.number(one.state, "save_seconds") for one in facts), default=0.0)
+    return Known(step=step, save=save, needed=lead_time(step=step, save=save) if step or save else None)
+
+
+def _check(request: Request, site: Cluster, *, known: Known, cluster: str) -> list[str]:
     """The notes of a request that is possible. Raises UserError with every reason why it isn't."""
-    steps = [0.0 if fresh else rundir.number(one.state, "step_seconds") for one in facts]
-    saves = [0.0 if fresh else rundir.number(one.state, "save_seconds") for one in facts]
-    step, save = max(steps, default=0.0), max(saves, default=0.0)
-    known = preflight.Known(step=step, save=save, needed=lead_time(step=step, save=save) if step or save else None)
-    verdict = preflight.check(request, site, known=known if cluster != "debug" else None)
+    verdict = preflight.check(request, site, known=known)
     if verdict.refusals:
         reasons = [str(refusal) for refusal in verdict.refusals]
         raise UserError(reasons[0] if len(reasons) == 1 else "This can't run as it is asked for:\n"

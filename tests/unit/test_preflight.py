@@ -149,6 +149,13 @@ def test_default_lead(limit: float | None, lead: float) -> None:
     assert preflight.default_lead(limit) == lead
 
 
+@pytest.mark.parametrize(("limit", "needed", "lead"), [(24 * HOUR, 185.0, 185), (24 * HOUR, 13.0, 120), (60, 20.0, 20),
+                                                       (60, 31.0, 15), (None, 300.0, 300)])
+def test_default_lead_of_a_known_run(limit: float | None, needed: float, lead: float) -> None:
+    """It is longer where the run is known to need it, up to half of the time; beyond that the check refuses."""
+    assert preflight.default_lead(limit, needed=needed) == lead
+
+
 @pytest.mark.parametrize(("request_", "limit"), [
     (Request(limit=5.0), 5.0), (Request(), HOUR), (Request(partitions=("cpu",)), None),
     (Request(partitions=("old",)), 2 * HOUR), (Request(partitions=("old", "gpu")), HOUR)])

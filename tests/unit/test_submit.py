@@ -347,11 +347,12 @@ def test_refused(fake_slurm: Slurm, recipe: str, said: Said, tmp_path: Path, wor
 
 
 def test_lead_time_of_a_known_run(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Said) -> None:
-    """A run whose own saves take longer than the lead time is not submitted, unless it starts over."""
+    """A run whose own saves take longer than the lead time gets a longer one; too short a one is refused."""
     trained(run_dir, recipe, step_seconds=1.0, save_seconds=60.0)
-    assert "Use --lead-time 185s or more" in refusal(said, recipe, "-t", "4h")
-    said(recipe, "-t", "4h", "--lead-time", "185s", "--dry-run")
-    said(recipe, "-t", "4h", "--fresh", "--dry-run")
+    assert keys(said(recipe, "-t", "4h", "--dry-run")[0])["signal"] == "USR2@184"
+    assert keys(said(recipe, "-t", "4h", "--fresh", "--dry-run")[0])["signal"] == "USR2@120"
+    assert "Use --lead-time 184s or more" in refusal(said, recipe, "-t", "4h", "--lead-time", "183s")
+    assert "Use --lead-time 184s or more" in refusal(said, recipe, "-t", "5")
 
 
 def test_profile_that_gives_up_requeueing(fake_slurm: Slurm, recipe: str, said: Said, tmp_path: Path) -> None:
