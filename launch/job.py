@@ -7,6 +7,7 @@ The stop signals are blocked when it starts. One that comes before the handlers 
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -32,16 +33,18 @@ class Task:
         self.snapshots = list(snapshots)
 
     def __call__(self) -> int:
-        """Runs the task; ends the process unless the run has finished, so that the exit code is the task's."""
+        """Runs the task; leaves by SystemExit unless the run has finished, so that the exit code is the task's."""
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit would log it as bypassed
         code = main([self.snapshots[int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)]])
+        if "SLURM_JOB_ID" in os.environ:
+            atexit.register(leave, code)  # where code is 0, submitit has something to write first
         if code:
-            leave(code)
+            raise SystemExit(code)
         return code
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process now. Taking torch down takes a second or two, and KillWait may be all there is left."""
+    """Ends this process now: taking torch down takes seconds, and Slurm's KillWait may be all there is left."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -248,7 +248,7 @@ def _user_signal(run: Run) -> Times:
     job.wait_for("PENDING", restarts=1)
     between = told_by_status(run)
     times = run.recovery(job, since=sent)
-    assert between["state"] == "queued", between
+    assert between["state"] == "requeued", between
     run.finish(job, "warned", "finished")
     assert told_by_status(run)["state"] == "finished"
     return times
