@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     how = p.add_argument_group("how")
     how.add_argument("--seeds", metavar="0-4|0,2,5", help="a job array: runs NAME_seed0 ...")
     how.add_argument("--parallel", metavar="N", type=_count, help="tasks of the array at a time")
-    how.add_argument("--lead-time", metavar="T", help="from the warning to the end; default 120s, at most a quarter, more where the run is known to need it")
+    how.add_argument("--lead-time", metavar="T",
+                     help="from the warning to the end; default 120s, at most a quarter of the time, more where a run "
+                     "is known to need it")
     how.add_argument("--dry-run", action="store_true", help="show script and requeue plan; submit and write nothing")
     how.add_argument("--follow", action="store_true", help="show rank 0's log until the run is over")
     how.add_argument("--fresh", action="store_true", help="start over; the old run directory is kept, renamed")
