@@ -172,7 +172,8 @@ def _waiting(job: Queued, *, now: float) -> str:
 def _gone(facts: Facts, job: Queued | Past | None) -> str:
     if job is None:
         return f"Slurm doesn't know job {facts.jobs[0]} any more"
-    return f"job {job.job} is {job.state}{f' ({job.reason})' if job.reason else ''}"
+    reason = f" ({job.reason})" if job.reason and job.state != "CANCELLED" else ""  # then it is of before
+    return f"job {job.job} is {job.state}{reason}"
 
 
 def _left(records: Sequence[dict[str, Any]], step: int | None, total: int | None) -> float | None:
