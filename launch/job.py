@@ -20,6 +20,7 @@ from alexnet_ddp.errors import EXIT_USER, UserError
 from alexnet_ddp.runfiles import LOCAL_JOB, job_of, read_attempts
 from launch.place import Place, place_of
 from launch.rendezvous import meet
+from launch.slurm import JobFacts
 from launch.snapshot import Snapshot, load
 
 LOCAL_REQUEUE = 144  # exit code by which submitit's local executor starts a job again
@@ -91,7 +92,10 @@ def run_here(snapshot: Snapshot) -> int:
         if line.startswith("exit "):
             return int(line.removeprefix("exit "))
     code = run(snapshot)
-    decision = attempts.judge(snapshot, job, exit_code=code, facts=None)
+    # Nobody preempts here: TERM is the user's, USR2 submitit's own time limit.
+    facts = JobFacts(job=job.id, raw=job.id, name="", state="RUNNING", reason="", partition="", requeue=True,
+                     restarts=restart, time_limit=None, start_time=None, end_time=None, preempt_time=None)
+    decision = attempts.judge(snapshot, job, exit_code=code, facts=facts)
     return LOCAL_REQUEUE if decision.action == "requeue" else code
 
 
