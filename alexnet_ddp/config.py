@@ -92,22 +92,22 @@ def _place(node: yaml.Node) -> str:
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping a YAML file holds. Raises UserError for a missing, unreadable or malformed file."""
+def read_yaml(path: str | Path, *, what: str = "recipe") -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises UserError for a missing, unreadable or malformed file, called `what`."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, Loader=_Loader)
     except FileNotFoundError:
-        raise UserError(f"No recipe at {path}.{_recipes_nearby(path)}") from None
+        raise UserError(f"No {what} at {path}.{_recipes_nearby(path) if what == 'recipe' else ''}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The recipe {path} can't be read: {error}.") from None
+        raise UserError(f"The {what} {path} can't be read: {error}.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"The {what} {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"The recipe {path} must be a mapping of keys to values, got {type(content).__name__}.")
+        raise UserError(f"The {what} {path} must be a mapping of keys to values, got {type(content).__name__}.")
     return content
 
 

@@ -75,6 +75,17 @@ def judge(found: Holder | None, *, me: Holder, process_alive: bool) -> Verdict:
     return "watch"
 
 
+def look(run_dir: Path) -> tuple[Holder, bool | None] | None:
+    """Who holds a run directory, without touching it, and whether that process is alive; None when nobody does.
+
+    That is unknown, None, of a process on another machine, or one that can't be seen from here. Raises OSError.
+    """
+    found = _read(Path(run_dir) / NAME)
+    if found is None:
+        return None
+    return found, _alive(found) if _sees(found, _myself()) else None
+
+
 class Lease:
     """The right to write to a run directory, held by a heartbeat until `release`."""
 

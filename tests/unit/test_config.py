@@ -114,6 +114,16 @@ def test_malformed_file_is_one_message(recipe: Path, text: str, said: str) -> No
     assert said in str(error.value)
 
 
+def test_other_files_are_called_by_their_name(recipe: Path) -> None:
+    """What isn't a recipe isn't called one, and no recipe is offered in its place."""
+    with pytest.raises(UserError, match=r"^No profile at .*smal\.yaml\.$"):
+        recipes.read_yaml(recipe.with_name("smal.yaml"), what="profile")
+    for text, said in (("[", "is not valid YAML"), ("- a", "must be a mapping")):
+        recipe.write_text(text)
+        with pytest.raises(UserError, match=rf"^The profile .* {said}"):
+            recipes.read_yaml(recipe, what="profile")
+
+
 def test_file_that_is_not_there(recipe: Path) -> None:
     """A missing recipe names the nearest file beside it; a folder or bytes that are no text are refused too."""
     with pytest.raises(UserError, match=r"No recipe at .*smal\.yaml.*Did you mean .*small\.yaml\?"):

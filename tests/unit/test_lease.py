@@ -16,7 +16,7 @@ import pytest
 
 from alexnet_ddp import lease as module
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.lease import Holder, Lease, LeaseLost, judge
+from alexnet_ddp.lease import Holder, Lease, LeaseLost, judge, look
 
 ROOT = Path(__file__).parents[2]
 ME = Holder(job="7", restart=1, host="n1", boot="b1", pid=10, pid_namespace="p1", start_time="5", token="me")
@@ -128,6 +128,24 @@ def test_a_live_process_is_refused_by_name(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with held(tmp_path) as again:
         again.check()
+
+
+def test_looking_touches_nothing(tmp_path: Path) -> None:
+    """Whoever looks learns the holder, and whether its process lives where that can be seen; the file stays as it is.
+    """
+    assert look(tmp_path) is None
+    with contender(tmp_path) as process:
+        assert process.stdout.readline() == "taken\n"
+        before = (tmp_path / "lease.json").read_bytes()
+        holder, alive = look(tmp_path)
+        assert (holder.pid, alive) == (process.pid, True)
+        process.kill()
+        process.wait()
+        assert look(tmp_path) == (holder, False)
+        assert (tmp_path / "lease.json").read_bytes() == before
+    (tmp_path / "lease.json").unlink()
+    leave(tmp_path, replace(ME, host="elsewhere"))
+    assert look(tmp_path) == (replace(ME, host="elsewhere"), None)
 
 
 def test_release_twice_is_harmless(tmp_path: Path) -> None:
