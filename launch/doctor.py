@@ -8,8 +8,8 @@ from __future__ import annotations
 import shutil
 import textwrap
 
-from alexnet_ddp.cli import Parser
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
+from alexnet_ddp.words import Parser
 from launch import slurm
 from launch.findings import Site, findings, parse_qos
 from launch.slurm import Partition

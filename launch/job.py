@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from alexnet_ddp.errors import EXIT_USER, UserError
+from alexnet_ddp.invocation import train
 from alexnet_ddp.runfiles import LOCAL_JOB, job_of, read_attempts
-from launch.place import Place, place_of
-from launch.rendezvous import meet
+from alexnet_ddp.words import answer
+from launch.place import place_of
+from launch.rendezvous import enter
 from launch.slurm import JobFacts
 from launch.snapshot import Snapshot, load
 
@@ -70,10 +72,8 @@ def run(snapshot: Snapshot) -> int:
     except UserError as failure:  # the other ranks can't be told; each says what it sees
         print(f"alexnet-ddp: error: {failure}", file=sys.stderr, flush=True)
         return failure.code
-    from alexnet_ddp.cli import main as command
-
-    return command(["train", str(snapshot.path / "recipe.yaml"),
-                    *(["--accept-changes"] if snapshot.accept_changes else [])])
+    return answer(train, [str(snapshot.path / "recipe.yaml"),
+                          *(["--accept-changes"] if snapshot.accept_changes else [])])
 
 
 def run_here(snapshot: Snapshot) -> int:
@@ -97,46 +97,6 @@ def run_here(snapshot: Snapshot) -> int:
                      restarts=restart, time_limit=None, start_time=None, end_time=None, preempt_time=None)
     decision = attempts.judge(snapshot, job, exit_code=code, facts=facts)
     return LOCAL_REQUEUE if decision.action == "requeue" else code
-
-
-def enter() -> None:
-    """Takes the place that Slurm (or submitit's local executor) tells: torchrun's variables, for distributed.join.
-
-    Meets the other tasks. Raises Unreachable when they don't find each other, UserError.
-    """
-    place = place_of(os.environ)
-    if place is None:
-        return
-    print(whereabouts(place), flush=True)
-    if place.size == 1:
-        return
-    os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank),
-                   "LOCAL_WORLD_SIZE": str(place.local_size)}
-    meeting = meet(place.name, rank=place.rank, size=place.size, head=place.hosts[0], hosts=place.host_of_rank)
-    os.environ |= {"MASTER_ADDR": meeting.host, "MASTER_PORT": str(meeting.port)}
-    if meeting.listener is not None:
-        os.environ["ALEXNET_STORE_FD"] = str(meeting.listener.detach())
-    if len(place.hosts) > 1 and meeting.interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
-
-
-def whereabouts(place: Place) -> str:
-    """One line a rank for its log: which cores and which GPUs it has."""
-    cores = sorted(os.sched_getaffinity(0))
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all there are")
-    return (f"alexnet-ddp: rank {place.rank} of {place.size} on {socket.gethostname()} (local rank "
-            f"{place.local_rank} of {place.local_size}), {len(cores)} cores ({spans(cores)}), GPUs {gpus or 'none'}")
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as '0-2,5'."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import argparse
 import re
 from typing import NoReturn
 
-from alexnet_ddp.cli import ELSEWHERE, Parser
 from alexnet_ddp.errors import UserError
+from alexnet_ddp.words import ELSEWHERE, Parser
 from launch.profiles import NOT_FREE
 
 SHORT = {"-n": "ntasks", "-G": "gpus", "-o": "output", "-e": "error", "-a": "array", "-D": "chdir"}

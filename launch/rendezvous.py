@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import socket
 import struct
 import time
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alexnet_ddp.errors import EXIT_UNAVAILABLE, UserError
+from launch.place import Place, place_of
 
 PORTS = range(10_000, 30_000)  # below 32768, where Linux takes ports for outgoing connections
 CANDIDATES = 8
@@ -177,3 +179,46 @@ def interface_of(address: str) -> str | None:
                 if socket.inet_ntoa(found) == address:
                     return name
     return None
+
+
+# --- taking the place ------------------------------------------------------------------------------------------------
+
+
+def enter() -> None:
+    """Takes the place that Slurm (or submitit's local executor) tells: torchrun's variables, for distributed.join.
+
+    Meets the other tasks. Raises Unreachable when they don't find each other, UserError.
+    """
+    place = place_of(os.environ)
+    if place is None:
+        return
+    print(whereabouts(place), flush=True)
+    if place.size == 1:
+        return
+    os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank),
+                   "LOCAL_WORLD_SIZE": str(place.local_size)}
+    meeting = meet(place.name, rank=place.rank, size=place.size, head=place.hosts[0], hosts=place.host_of_rank)
+    os.environ |= {"MASTER_ADDR": meeting.host, "MASTER_PORT": str(meeting.port)}
+    if meeting.listener is not None:
+        os.environ["ALEXNET_STORE_FD"] = str(meeting.listener.detach())
+    if len(place.hosts) > 1 and meeting.interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
+
+
+def whereabouts(place: Place) -> str:
+    """One line a rank for its log: which cores and which GPUs it has."""
+    cores = sorted(os.sched_getaffinity(0))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all there are")
+    return (f"alexnet-ddp: rank {place.rank} of {place.size} on {socket.gethostname()} (local rank "
+            f"{place.local_rank} of {place.local_size}), {len(cores)} cores ({spans(cores)}), GPUs {gpus or 'none'}")
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as '0-2,5'."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

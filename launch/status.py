@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from alexnet_ddp.cli import Parser
 from alexnet_ddp.errors import EXIT_FINISHED
+from alexnet_ddp.words import Parser
 from launch.facts import Cluster, find, gather
 from launch.standing import Row, judge, span
 

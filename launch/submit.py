@@ -29,6 +29,7 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.runfiles import add_attempt
 from alexnet_ddp.stop import STOP_FILE, lead_time
+from alexnet_ddp.words import answer
 from launch import durations, executors, plan, preflight, profiles, rundir, slurm, snapshot
 from launch.facts import Facts
 from launch.follow import Followed, follow
@@ -298,6 +299,4 @@ def main(words: list[str]) -> int:
 
 if __name__ == "__main__":
     os.environ.pop("RANK", None)  # this is nobody's rank: its errors are told
-    from alexnet_ddp.cli import main as command_line
-
-    sys.exit(command_line(["submit", *sys.argv[1:]]))
+    sys.exit(answer(main, sys.argv[1:]))

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 import harness
-from alexnet_ddp import __version__, cli
+from alexnet_ddp import __version__, cli, words
 from alexnet_ddp import config as recipes
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER
 
 HEAVY = ("torch", "torchvision", "numpy", "tensorboard", "PIL")
-QUICK = ["alexnet_ddp", "alexnet_ddp.errors", "alexnet_ddp.cli", "alexnet_ddp.stop", "launch", "launch.agent",
-         "alexnet_ddp.sections", "alexnet_ddp.config", "alexnet_ddp.schedule", "launch.demo"]
+QUICK = ["alexnet_ddp", "alexnet_ddp.errors", "alexnet_ddp.cli", "alexnet_ddp.words", "alexnet_ddp.invocation",
+         "alexnet_ddp.stop", "launch", "launch.agent",
+         "alexnet_ddp.sections", "alexnet_ddp.config", "alexnet_ddp.schedule", "alexnet_ddp.runfiles", "launch.demo",
+         "launch.submit", "launch.status", "launch.doctor", "launch.job", "launch.attempts", "launch.snapshot"]
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +153,7 @@ def test_mistakes_in_train(words: list[str], said: str, recipe: Path, capsys: py
 def test_nproc_within_torchrun(recipe: Path, capsys: pytest.CaptureFixture[str],
                                monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank of torchrun that is told to start ranks refuses; only rank 0 says so."""
-    monkeypatch.setattr(cli.time, "sleep", lambda _: None)
+    monkeypatch.setattr(words.time, "sleep", lambda _: None)
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         assert cli.main(["train", str(recipe), "--nproc-per-node", "2"]) == EXIT_USER
