@@ -10,6 +10,7 @@ in the run directory's attempts.jsonl, the last decision in its state.json, and 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -87,18 +88,34 @@ def judge(snapshot: Snapshot, job: Job, *, exit_code: int, facts: JobFacts | Non
     """Finds the cause, decides, and tells it: state.json, attempts.jsonl, one line at the end of the log."""
     run_dir, now = snapshot.run_dir, time.time()
     state = read_state(run_dir)
+    began, seconds = beginning(run_dir, job, now=now)
     mine = state if wrote(state, job) else None
+    if mine is None or mine.get("status") == "running":  # rank 0 was killed, or its disk is full: another may have told
+        mine = reported(run_dir, since=now - seconds) or mine
     cause, why = cause_of(mine, exit_code=exit_code, facts=facts, restart=job.restart, now=now)
     step = _newest_step(run_dir)
     caps = Caps(**snapshot.caps)
-    began, seconds = beginning(run_dir, job, now=now)
     this = Attempt(began=began, ended=step, cause=cause, seconds=seconds)
     decision = decide([*history(run_dir, job, ended=step), this], caps=caps)
-    record(snapshot, job, decision, cause=cause, step=step, exit_code=exit_code, why=why, mine=mine is not None)
+    record(snapshot, job, decision, cause=cause, step=step, exit_code=exit_code, why=why, mine=wrote(state, job))
     words = {"requeue": "Requeued", "stop": "Not requeued", "slurm": "Left to Slurm"}[decision.action]
     because = f"{cause} ({why})" if why and why != cause else str(cause)
     say(f"job {job.name} start {job.restart} ended at step {step}: {because}. {words}: {decision.reason}.")
     return decision
+
+
+def reported(run_dir: Path, *, since: float) -> dict[str, Any] | None:
+    """What a rank of this start wrote into errors/ of its job's failure, as state.json would tell it."""
+    for path in sorted((run_dir / "errors").glob("rank_*.json"), key=os.path.getmtime, reverse=True):
+        try:
+            failure = json.loads(path.read_text())
+            if path.stat().st_mtime < since:
+                break
+            why = f"rank {failure['rank']} on {failure['host']} failed at step {failure['step']}: {failure['cause']}"
+            return {"status": "failed", "why": why, "failure": failure}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def record(snapshot: Snapshot, job: Job, decision: Decision, *, cause: Cause, step: int | None, exit_code: int,

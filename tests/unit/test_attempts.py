@@ -198,6 +198,19 @@ def test_ranks_killed_without_a_word(box: Box) -> None:
     assert (state["status"], state["requeue"]["cause"]) == ("failed", "dead rank")
 
 
+def test_another_rank_has_told_why(box: Box) -> None:
+    """Rank 0 was killed and state.json says running: what another rank wrote of it decides, if it is this start's."""
+    report = {"rank": 0, "host": "n1", "step": 18, "cause": "its process is gone", "kind": "dead"}
+    errors = box.run_dir / "errors"
+    write = f"mkdir -p {errors}; echo '{json.dumps(report)}' > {errors}/rank_0.json"
+    done = box.shell(rank(box, "running") + f"; {write}; (exit 1)")
+    assert box.requeued == ["requeue 12"]
+    assert "dead rank (rank 0 on n1 failed at step 18: its process is gone)" in done.stderr
+    os.utime(errors / "rank_0.json", (1.0, 1.0))  # of long ago
+    box.shell(rank(box, "running") + "; (exit 1)")
+    assert read_state(box.run_dir)["requeue"]["cause"] == "bug"
+
+
 def test_newer_owner_is_left_alone(box: Box) -> None:
     """Another job that has the run directory by now keeps its state.json."""
     theirs = {"status": "running", "job": "13", "restart": 0}
