@@ -54,13 +54,17 @@ class Cluster:
                 os.kill(pid, 9)
 
     @contextlib.contextmanager
-    def preemption(self, *, user_signal: bool) -> Iterator[None]:
-        """Within, preempted jobs get their own --signal first, or none but TERM. Waits for users of the other kind."""
+    def configured(self, *, user_signal: bool | None = None) -> Iterator[None]:
+        """Within, preempted jobs get their own --signal first (True) or nothing but TERM (False); None: as it is now.
+
+        It isn't changed meanwhile: Slurm, configured anew, takes a lost node for a living one for another minute.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._users == 0 or self._with_user_signal == user_signal)
-            if self._with_user_signal != user_signal:
-                self._script("user-signal", "on" if user_signal else "off")
-                self._with_user_signal = user_signal
+            wanted = self._with_user_signal if user_signal is None else user_signal
+            self._changed.wait_for(lambda: self._users == 0 or self._with_user_signal == wanted)
+            if self._with_user_signal != wanted:
+                self._script("user-signal", "on" if wanted else "off")
+                self._with_user_signal = wanted
             self._users += 1
         try:
             yield

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import yaml
 import harness
 import twins
 from alexnet_ddp.checkpoint import store
-from alexnet_ddp.runfiles import newest_checkpoint, read_attempts
+from alexnet_ddp.runfiles import read_attempts
 from cluster import GLANCE, Cluster, Job, slurm, submit_script
 
 PROGRAM = Path(sys.executable).parent / "alexnet-ddp"
@@ -72,6 +72,7 @@ class Lane:
     cluster: Cluster
     bench: Bench
     nodes: tuple[str, str]
+    jobs: list[Job] = field(default_factory=list)  # that were submitted to it
 
     @property
     def list(self) -> str:
@@ -82,16 +83,24 @@ class Lane:
 
     def clear(self) -> None:
         """Ends what a failed scenario left: the next one has the lane for itself."""
-        slurm("scancel", "-w", self.list)
+        for job in self.jobs:
+            job.cancel()
         for node in self.nodes:
             self.cluster.start(node)
+        for job in self.jobs:
+            job.wait_until_over(timeout=60)
+            job.wait_until_gone()
+
+    def job(self, number: str) -> Job:
+        self.jobs.append(Job(number))
+        return self.jobs[-1]
 
     def preempt(self, *, seconds: int = 3) -> tuple[Job, float]:
         """A job of a higher partition that wants all of this lane; when it was submitted."""
         sent = time.time()
         job = submit_script("-p", "high", "-N2", "-w", self.list, "--exclusive", "-o", "/dev/null",
                             "--wrap", f"sleep {seconds}")
-        return Job(job), sent
+        return self.job(job), sent
 
 
 class Run(twins.Run):
@@ -107,7 +116,7 @@ class Run(twins.Run):
             return self._sbatch(*words, time=time)
         said = command("submit", str(self.recipe), f"name={self.name}", *words, "--nodes", str(nodes),
                        "--gpus-per-node", "2", "--time", time, "-w", where or self.lane.list)
-        return Job(job_told(said))
+        return self.lane.job(job_told(said))
 
     def _sbatch(self, *words: str, time: str) -> Job:
         text = (ROOT / "slurm" / "torchrun.sbatch").read_text()
@@ -120,8 +129,9 @@ class Run(twins.Run):
         script.write_text(text)
         (self.path / "slurm").mkdir(parents=True, exist_ok=True)
         lead = 15 if time == "1" else 120
-        return Job(submit_script("--gpus-per-node=2", "--cpus-per-task=2", f"--time={time}", f"--signal=USR2@{lead}",
-                                 "-w", self.lane.list, "-o", str(self.path / "slurm" / "%j_0_log.out"), str(script)))
+        log = self.path / "slurm" / "%j_0_log.out"
+        return self.lane.job(submit_script("--gpus-per-node=2", "--cpus-per-task=2", f"--time={time}", "-o", str(log),
+                                           f"--signal=USR2@{lead}", "-w", self.lane.list, str(script)))
 
     def log(self, job: Job) -> str:
         path = self.path / "slurm" / f"{job.id}_0_log.out"
@@ -139,10 +149,10 @@ class Run(twins.Run):
                 continue
         return 0
 
-    def wait_for_step(self, step: int, job: Job, *, timeout: float = 90.0) -> None:
+    def wait_for_step(self, step: int, job: Job, *, timeout: float = 150.0) -> None:
         self._wait(lambda: self.step >= step, job, timeout, f"step {step}")
 
-    def wait_for_log(self, text: str, job: Job, *, timeout: float = 90.0) -> None:
+    def wait_for_log(self, text: str, job: Job, *, timeout: float = 150.0) -> None:
         self._wait(lambda: text in self.log(job), job, timeout, f"'{text}' in the log")
 
     def _wait(self, there: Callable[[], bool], job: Job, timeout: float, what: str) -> None:
@@ -286,13 +296,13 @@ def _walltime(run: Run, *, limits: int) -> Times:
 
 def preempted_with_user_signal(lane: Lane) -> Times:
     """A higher partition takes the nodes, Slurm sends the job's own signal first (preempt_send_user_signal)."""
-    with lane.cluster.preemption(user_signal=True):
+    with lane.cluster.configured(user_signal=True):
         return _preempted(lane.run("preempted_with_user_signal"), why="USR2")
 
 
 def preempted_with_term(lane: Lane) -> Times:
     """A higher partition takes the nodes, and all the ranks ever hear is TERM: saved all the same."""
-    with lane.cluster.preemption(user_signal=False):
+    with lane.cluster.configured(user_signal=False):
         return _preempted(lane.run("preempted_with_term"), why="TERM")
 
 
@@ -314,34 +324,26 @@ def _preempted(run: Run, *, why: str) -> Times:
 
 def power_off(lane: Lane) -> Times:
     """A node loses its power: everything on it is gone at once, and the job comes back when there are nodes for it."""
-    return _power_off(lane, "power_off", node=lane.nodes[1])
+    return _power_off(lane.run("power_off"), lane.nodes[1], ("ended by Slurm", "dead rank", "network"))
 
 
 def power_off_of_the_head(lane: Lane) -> Times:
     """The node with the batch shell loses its power: nobody of ours is left to decide, Slurm itself brings it back."""
-    return _power_off(lane, "power_off_of_the_head", node=lane.nodes[0])
+    return _power_off(lane.run("power_off_of_the_head"), lane.nodes[0], None)
 
 
-def _power_off(lane: Lane, name: str, *, node: str) -> Times:
-    run = lane.run(name)
+def _power_off(run: Run, node: str, cause: Sequence[str] | None) -> Times:
+    cluster = run.lane.cluster
     job = run.submit(*SLOW)
     run.wait_for_step(MEET, job)
-    saved = newest_checkpoint(run.path)
-    sent = time.time()
-    lane.cluster.power_off(node)
-    try:
-        lane.cluster.wait_for_node(node, "down", "drained", "idle", timeout=60)
-        job.wait_for("COMPLETING", "PENDING", restarts=1, timeout=60)
-    finally:
-        lane.cluster.start(node)
+    with cluster.configured():
+        sent = time.time()
+        cluster.power_off(node)
+        job.wait_for("COMPLETING", "PENDING", restarts=1)
+        cluster.wait_for_node(node, "down")
+        cluster.start(node)
     times = run.recovery(job, since=sent)
-    assert saved is not None
-    ends = [record["cause"] for record in read_attempts(run.path) if record["event"] == "end"]
-    job.wait_until_over()
-    if len(ends) < 2 and node == lane.nodes[0]:
-        run.finish(job, None, "finished")
-    else:
-        run.finish(job, ("dead rank", "network", "ended by Slurm", "node lost"), "finished")
+    run.finish(job, cause, "finished")
     return times
 
 
@@ -380,7 +382,7 @@ def one_array_task(lane: Lane) -> Times:
                    "--time", "20", "-w", lane.list, "--seeds", f"{SEED}-{SEED + 1}")
     number = job_told(said)
     runs = [lane.run(f"array_seed{seed}") for seed in (SEED, SEED + 1)]
-    jobs = [Job(f"{number}_{index}") for index in range(2)]
+    jobs = [lane.job(f"{number}_{index}") for index in range(2)]
     runs[0].wait_for_step(MEET, jobs[0])
     sent = jobs[0].signal("USR2")
     times = runs[0].recovery(jobs[0], since=sent)
@@ -502,7 +504,7 @@ def torchrun_walltime(lane: Lane) -> Times:
 
 def torchrun_preempted(lane: Lane) -> Times:
     """The same, preempted."""
-    with lane.cluster.preemption(user_signal=True):
+    with lane.cluster.configured(user_signal=True):
         return _preempted(lane.run("preempted", torchrun=True), why="USR2")
 
 
@@ -563,7 +565,7 @@ def no_progress(lane: Lane) -> Times:
 
 def slurms_own_floor(lane: Lane) -> Times:
     """An empty job on the same nodes, requeued with scontrol: what Slurm itself needs."""
-    job = Job(submit_script("-N2", "-w", lane.list, "--requeue", "-o", "/dev/null", "--wrap", "sleep 600"))
+    job = lane.job(submit_script("-N2", "-w", lane.list, "--requeue", "-o", "/dev/null", "--wrap", "sleep 600"))
     job.wait_for("RUNNING")
     time.sleep(3)
     sent = time.time()
