@@ -26,13 +26,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import alexnet_ddp
 import launch
-from alexnet_ddp import config as recipes
-from alexnet_ddp.config import Config
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
+
+if TYPE_CHECKING:  # reading recipes takes longer to import than all the batch shell does with a snapshot
+    from alexnet_ddp.config import Config
 
 FOLDER = "snapshots"
 RECIPE, PATCH, FACTS = "recipe.yaml", "changes.patch", "snapshot.json"
@@ -84,6 +85,8 @@ def freeze(config: Config, *, cwd: Path, command: str, lead: float, caps: Mappin
 
     Raises UserError when the run directory can't be written.
     """
+    from alexnet_ddp import config as recipes
+
     run_dir = run_directory(config, cwd)
     folder = run_dir / FOLDER
     draft = folder / f".tmp-{secrets.token_hex(4)}"
@@ -184,11 +187,14 @@ def made_by(job: str, *, runs: Path) -> Path | None:
 def _runs_of(overrides: Sequence[str]) -> str:
     """The folder of run directories, as far as the command line tells."""
     told = [value for key, _, value in (override.partition("=") for override in overrides) if key.strip() == "runs"]
+    from alexnet_ddp.config import Config
+
     return told[-1] if told else str(Config.model_fields["runs"].default)
 
 
 def main(words: Sequence[str]) -> int:
     """For the batch shell of slurm/*.sbatch: prints the snapshot's path, made anew at the job's first start."""
+    from alexnet_ddp import config as recipes
     from launch.durations import seconds
 
     parser = argparse.ArgumentParser(prog="python -m launch.snapshot", description=main.__doc__)

@@ -98,7 +98,7 @@ def test_whole_or_none(config: Config, tmp_path: Path, monkeypatch: pytest.Monke
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ((snapshot, "git_state"), (snapshot.recipes, "dump"), (os, "rename")):
+    for place in ((snapshot, "git_state"), (recipes, "dump"), (os, "rename")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(*place, interrupted)
             freeze(config, tmp_path)
