@@ -97,7 +97,7 @@ def newest_checkpoint(run_dir: Path) -> Saved | None:
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
     """All that attempts.jsonl tells, oldest first; a line cut off by a power-off is left out."""
     try:
-        lines = (run_dir / ATTEMPTS).read_text().splitlines()
+        lines = (run_dir / ATTEMPTS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     told = []

@@ -10,6 +10,7 @@ in the run directory's attempts.jsonl, the last decision in its state.json, and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -22,12 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_ddp.errors import EXIT_FAILED, UserError
-from alexnet_ddp.runfiles import Job, add_attempt, job_of, newest_checkpoint, read_attempts, read_state, replace_state
-from launch.requeue import Attempt, Caps, Cause, Decision, cause_of, decide, stalled_start
+from alexnet_ddp.runfiles import (
+    ATTEMPTS,
+    Job,
+    add_attempt,
+    job_of,
+    newest_checkpoint,
+    read_attempts,
+    read_state,
+    replace_state,
+)
+from launch.requeue import FAILURES, Attempt, Caps, Cause, Decision, cause_of, decide, stalled_start
 from launch.slurm import JobFacts, job_facts
 from launch.snapshot import Snapshot, load
 
 HOLD = 120.0  # seconds to stay when TERM came and Slurm can't be asked why: if it preempts, it ends the job itself
+KNOWN = {str(cause): cause for cause in Cause}
 ASK = (0, 2, 5, 10, 20, 20)  # seconds between two tries to requeue: slurmctld may be restarting
 
 
@@ -39,28 +50,30 @@ def wrote(state: dict[str, Any], job: Job) -> bool:
 def history(run_dir: Path, job: Job, *, ended: int) -> list[Attempt]:
     """The job's earlier starts, oldest first. One that was never closed was cut off: its node was lost.
 
+    Once it was decided to stop, the job only comes back by hand, or it is another of the same number: that counts anew.
     `ended` is the newest checkpoint's step now, where a start that was cut off has ended if none began after it.
     """
-    begins = _begins(run_dir, job)
-    ends = {record["restart"]: record for record in read_attempts(run_dir)
-            if record.get("event") == "end" and record.get("job") == job.id and record.get("step") is not None}
+    begins = _of_job("begin", run_dir, job)
+    ends = {record["restart"]: record for record in _of_job("end", run_dir, job)}
     found: list[Attempt] = []
     for begin, following in zip_longest(begins, begins[1:]):
         if begin["restart"] == job.restart:
             break
         end = ends.get(begin["restart"])
-        cause = Cause(end["cause"]) if end else Cause.NODE
+        cause = KNOWN.get(str(end.get("cause")), Cause.NODE) if end else Cause.NODE
         if cause == Cause.SLURM:  # it has brought the job back
             cause = Cause.PREEMPTED
         until = end or following
         found.append(Attempt(began=begin["step"], ended=until["step"] if until else ended, cause=cause,
                              seconds=_seconds(begin["time"], until["time"]) if until else 0.0))
+        if end and end.get("decision") == "stop":
+            found.clear()
     return found
 
 
 def beginning(run_dir: Path, job: Job, *, now: float) -> tuple[int, float]:
     """Newest checkpoint's step when this start began, and the seconds since; (0, 0) for one that was never entered."""
-    for record in reversed(_begins(run_dir, job)):
+    for record in reversed(_of_job("begin", run_dir, job)):
         if record["restart"] == job.restart:
             return record["step"], max(0.0, now - datetime.fromisoformat(record["time"]).timestamp())
     return 0, 0.0
@@ -70,7 +83,10 @@ def open_attempt(run_dir: Path, job: Job, *, nodes: str, snapshot: str) -> str:
     """Enters the attempt and returns the header of its log."""
     step = _newest_step(run_dir)
     before = [record for record in read_attempts(run_dir) if record.get("event") in ("begin", "end")]
-    add_attempt(run_dir, "begin", **job.facts, step=step, nodes=nodes, snapshot=snapshot)
+    try:
+        add_attempt(run_dir, "begin", **job.facts, step=step, nodes=nodes, snapshot=snapshot)
+    except OSError as error:  # the ranks may still do better
+        say(f"this attempt can't be entered in {run_dir / ATTEMPTS} ({error.strerror}).")
     total = read_state(run_dir).get("total_steps")
     header = (f"=== {run_dir}: job {job.name} start {job.restart} on {nodes}, "
               f"{time.strftime('%Y-%m-%d %H:%M:%S')}, from step {step}{f' of {total}' if total else ''}")
@@ -97,7 +113,13 @@ def judge(snapshot: Snapshot, job: Job, *, exit_code: int, facts: JobFacts | Non
     caps = Caps(**snapshot.caps)
     this = Attempt(began=began, ended=step, cause=cause, seconds=seconds)
     decision = decide([*history(run_dir, job, ended=step), this], caps=caps)
-    record(snapshot, job, decision, cause=cause, step=step, exit_code=exit_code, why=why, mine=wrote(state, job))
+    try:
+        record(snapshot, job, decision, cause=cause, step=step, exit_code=exit_code, why=why, mine=wrote(state, job))
+    except OSError as error:  # no reason to lose a job to a preemption
+        said = f"its end can't be written down ({error.strerror})"
+        decision = (Decision("stop", f"{said}, and failures that can't be counted have no cap")
+                    if decision.action == "requeue" and cause in FAILURES else
+                    Decision(decision.action, f"{decision.reason}; {said}"))
     words = {"requeue": "Requeued", "stop": "Not requeued", "slurm": "Left to Slurm"}[decision.action]
     because = f"{cause} ({why})" if why and why != cause else str(cause)
     say(f"job {job.name} start {job.restart} ended at step {step}: {because}. {words}: {decision.reason}.")
@@ -132,7 +154,7 @@ def record(snapshot: Snapshot, job: Job, decision: Decision, *, cause: Cause, st
     state["requeue"] = {**facts, **place, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     if state.get("status") == "running" and mine:  # the ranks were killed before they could write how it ended
         state |= {"status": "failed", "why": why or str(cause)}
-    elif not mine and cause not in (Cause.SLURM, Cause.FINISHED):
+    elif not mine and cause not in (Cause.SLURM, Cause.FINISHED) and state.get("status") != "finished":
         state |= {"status": "failed", "why": why or str(cause), "job": job.id, "restart": job.restart}
     replace_state(snapshot.run_dir, state)
 
@@ -164,9 +186,18 @@ def say(text: str) -> None:
     print(f"alexnet-ddp: {text}", file=sys.stderr, flush=True)
 
 
-def _begins(run_dir: Path, job: Job) -> list[dict[str, Any]]:
+def _of_job(event: str, run_dir: Path, job: Job) -> list[dict[str, Any]]:
+    """What attempts.jsonl tells of the job's starts; a line of another version, or a damaged one, tells nothing."""
     return [record for record in read_attempts(run_dir)
-            if record.get("event") == "begin" and record.get("job") == job.id]
+            if record.get("event") == event and record.get("job") == job.id and _is_time(record.get("time"))
+            and isinstance(record.get("restart"), int) and isinstance(record.get("step"), int)]
+
+
+def _is_time(text: Any) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
 
 
 def _newest_step(run_dir: Path) -> int:
@@ -204,8 +235,9 @@ def end(snapshot: Snapshot, job: Job, *, exit_code: int) -> None:
     if decision.action == "requeue":
         refusal = ask_slurm(job)
         if refusal:
-            record(snapshot, job, Decision("stop", f"Slurm refused the requeue: {refusal}"), cause=Cause.SLURM,
-                   step=None, exit_code=exit_code)
+            with contextlib.suppress(OSError):
+                record(snapshot, job, Decision("stop", f"Slurm refused the requeue: {refusal}"), cause=Cause.SLURM,
+                       step=None, exit_code=exit_code)
             say(f"Slurm refused to requeue job {job.name}: {refusal}. "
                 f"alexnet-ddp submit {snapshot.path / 'recipe.yaml'} goes on from the newest checkpoint.")
     elif decision.action == "slurm" and facts is None:

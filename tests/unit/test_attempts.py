@@ -211,6 +211,14 @@ def test_another_rank_has_told_why(box: Box) -> None:
     assert read_state(box.run_dir)["requeue"]["cause"] == "bug"
 
 
+def test_finished_run_stays_finished(box: Box) -> None:
+    """A job that is refused in the directory of a finished run doesn't make it a failed one."""
+    box.state("finished", job="5")
+    box.shell("(exit 2)")
+    state = read_state(box.run_dir)
+    assert (state["status"], state["job"], state["requeue"]["cause"]) == ("finished", "5", "user error")
+
+
 def test_newer_owner_is_left_alone(box: Box) -> None:
     """Another job that has the run directory by now keeps its state.json."""
     theirs = {"status": "running", "job": "13", "restart": 0}
@@ -286,6 +294,40 @@ def test_line_cut_off_by_a_power_off(box: Box) -> None:
         file.write('{"event": "en')
     add_attempt(box.run_dir, "begin", job="12", array=None, restart=1, step=0, nodes="n1")
     assert [record["restart"] for record in read_attempts(box.run_dir)] == [0, 1]
+
+
+@pytest.mark.parametrize("line", [
+    b"\x80\xff\x00", b'{"event": "begin", "job": "12"}', b'{"event": "begin", "job": "12", "restart": 0, "step": null}',
+    b'{"event": "end", "job": "12", "restart": 0, "step": 4, "time": "2026-11-22T00:00:00+0000", "cause": "moths"}'])
+def test_history_that_cannot_be_read(box: Box, line: bytes) -> None:
+    """Rubbish, or words of another version, in attempts.jsonl doesn't keep a job from coming back."""
+    add_attempt(box.run_dir, "begin", job="12", array=None, restart=0, step=0, nodes="n1")
+    with (box.run_dir / "attempts.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    done = box.shell(rank(box, "preempted", why="USR2", restart=1) + "; (exit 75)", SLURM_RESTART_COUNT="1")
+    assert box.requeued == ["requeue 12"], done.stderr
+
+
+@pytest.mark.parametrize(("status", "requeued"), [("preempted", ["requeue 12"]), ("failed", [])])
+def test_history_that_cannot_be_written(box: Box, status: str, requeued: list[str]) -> None:
+    """A disk that takes not a line more loses no job to a time limit; a failure, which could not be counted, stops."""
+    (box.run_dir / "attempts.jsonl").mkdir()
+    failure = {"kind": "disk", "cause": "No space left on device"}
+    done = box.shell(rank(box, status, why="USR2", failure=failure) + "; (exit 75)")
+    assert box.requeued == requeued
+    assert "Traceback" not in done.stderr
+    assert "its end can't be written down" in done.stderr.splitlines()[-1]
+
+
+def test_stop_ends_the_count(box: Box) -> None:
+    """A job that is brought back by hand after it was decided to stop, or another of the same number, counts anew."""
+    for restart in range(4):
+        add_attempt(box.run_dir, "begin", job="12", array=None, restart=restart, step=8, nodes="n1")
+        if restart != 3:
+            add_attempt(box.run_dir, "end", job="12", restart=restart, step=8, cause="dead rank", reason="",
+                        decision="stop" if restart == 2 else "requeue")
+    assert attempts.history(box.run_dir, Job("12", 3), ended=8) == []
+    assert len(attempts.history(box.run_dir, Job("12", 2), ended=8)) == 2
 
 
 def test_requeue_needs_no_torch(box: Box) -> None:
