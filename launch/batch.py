@@ -15,6 +15,7 @@ SIGNALS = "HUP,INT,TERM,USR1,USR2"
 
 OPEN = [
     "# What is meant for the ranks must not end this shell: it decides about the requeue once they are gone.",
+    "set +e",
     "trap : HUP TERM USR1 USR2",
     'export PYTHONPATH="$SNAPSHOT${PYTHONPATH:+:$PYTHONPATH}"',
     "# Stop signals stay pending until the ranks' handlers stand, so that one that comes during imports is not lost.",

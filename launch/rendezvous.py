@@ -82,6 +82,9 @@ def _receive(name: str, *, size: int, head: str, hosts: Sequence[str], timeout: 
                 told = json.loads(_line(caller))
                 if told["name"] == name and 0 < told["rank"] < size:
                     caller.sendall(b"welcome\n")
+                    if _line(caller) != b"here":  # it has given this call up, and makes another
+                        caller.close()
+                        continue
                     if told["host"] != socket.gethostname():
                         interface = interface_of(caller.getsockname()[0])
                     here[told["rank"]] = caller
@@ -90,7 +93,7 @@ def _receive(name: str, *, size: int, head: str, hosts: Sequence[str], timeout: 
     except Unreachable as failure:
         _tell(here, {"error": str(failure)})
         raise
-    _tell(here, {"interface": None})
+    _tell(here, {"host": socket.gethostname(), "interface": interface})
     listener.settimeout(None)
     return Meeting(head, port, listener, interface)
 
@@ -119,11 +122,14 @@ def _call(name: str, *, rank: int, head: str, timeout: float) -> Meeting:
                     if _line(line) != b"welcome":
                         last = f"port {port} is somebody else's"
                         continue
+                    line.sendall(b"here\n")
                     line.settimeout(timeout + ANSWER)
                     told = json.loads(_line(line) or b'{"error": "rank 0 left before all ranks had come"}')
                     if "error" in told:
                         raise Unreachable(told["error"])
-                    return Meeting(head, port, None, interface_of(line.getsockname()[0]))
+                    # On rank 0's own host its name may mean 127.x, which the other hosts don't reach.
+                    return Meeting(head, port, None, told["interface"] if told["host"] == socket.gethostname() else
+                                   interface_of(line.getsockname()[0]))
             except (OSError, ValueError) as error:
                 if isinstance(error, Unreachable):
                     raise

@@ -117,6 +117,14 @@ def test_signals_are_blocked_for_the_ranks(box: Box) -> None:
     assert "-m launch.block" in done.stdout
 
 
+def test_shell_outlives_a_strict_setup(box: Box) -> None:
+    """A setup, or a file that it sources, makes the shell leave at the first error: it decides all the same."""
+    script = "set -euo pipefail\n" + box.script(rank(box, "preempted", why="USR2") + "\n(exit 75)")
+    done = subprocess.run(["bash", "-c", script], env=box.environment(), text=True, capture_output=True, timeout=60,
+                          check=False)
+    assert (done.returncode, box.requeued) == (75, ["requeue 12"]), done.stderr
+
+
 @pytest.mark.parametrize("name", ["USR1", "USR2", "TERM", "HUP"])
 def test_shell_outlives_signals(box: Box, name: str) -> None:
     """A signal that reaches the batch shell as well doesn't end it before it has decided."""

@@ -108,6 +108,57 @@ def test_ranks_of_another_start_are_turned_away() -> None:
         close({0: head})
 
 
+def test_calls_that_were_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that call again, because a silent stranger keeps rank 0 busy, are met by the call that they still hold."""
+    monkeypatch.setattr(rendezvous, "ANSWER", 0.5)
+    port = candidates("test.busy")[0]
+
+    def stranger() -> None:
+        while True:
+            try:
+                with socket.create_connection((HEAD, port)) as line:
+                    for _ in range(3):
+                        line.sendall(b"?")
+                        time.sleep(0.4)
+                    return
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+
+    with ThreadPoolExecutor(4) as pool:
+        pool.submit(stranger)
+        ranks = {}
+        for number in range(3):
+            ranks[number] = pool.submit(meet, "test.busy", rank=number, size=3, head=HEAD, hosts=["n1"] * 3,
+                                        timeout=6.0)
+            time.sleep(0.1)  # the stranger is the first to call
+        assert {future.result().port for future in ranks.values()} == {port}
+    close(ranks)
+
+
+def test_interface_of_the_heads_own_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank on the head node takes rank 0's interface, though its own name may mean 127.x there (Debian's hosts)."""
+    hosts = {"rank-0": "n1", "rank-1": "n1", "rank-2": "n2"}
+
+    def interface(_: str) -> str:
+        return f"seen by {threading.current_thread().name}"
+
+    monkeypatch.setattr(rendezvous, "interface_of", interface)
+    monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: hosts[threading.current_thread().name])
+    met: dict[int, Meeting] = {}
+
+    def rank(number: int) -> None:
+        met[number] = meet("test.lo", rank=number, size=3, head=HEAD, hosts=["n1", "n1", "n2"], timeout=10.0)
+
+    threads = [threading.Thread(target=rank, args=(number,), name=f"rank-{number}") for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [met[number].interface for number in range(3)] == ["seen by rank-0", "seen by rank-0", "seen by rank-2"]
+    assert met[0].listener is not None
+    met[0].listener.close()
+
+
 def test_missing_ranks_are_named() -> None:
     """Ranks that don't come are named with their hosts, to rank 0 and to those that came, within the bound."""
     began = time.monotonic()
