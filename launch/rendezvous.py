@@ -199,10 +199,12 @@ def enter() -> None:
     if place is None:
         return
     print(whereabouts(place), flush=True)
-    if place.size == 1:
-        return
+    # Also for one alone: the shell that the job was submitted from may have been in a group of its own.
     os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank),
                    "LOCAL_WORLD_SIZE": str(place.local_size)}
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    if place.size == 1:
+        return
     meeting = meet(place.name, rank=place.rank, size=place.size, head=place.hosts[0], hosts=place.host_of_rank)
     os.environ |= {"MASTER_ADDR": meeting.host, "MASTER_PORT": str(meeting.port)}
     if meeting.listener is not None:

@@ -181,6 +181,17 @@ def test_unknown_head_is_named() -> None:
         meet("test.unknown", rank=1, size=2, head="no-such-host.invalid", hosts=["n1", "n1"], timeout=0.5)
 
 
+def test_variables_of_the_submitting_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task alone is a group of one, whatever the shell that submitted the job has exported of another group."""
+    told = {"SLURM_JOB_ID": "12", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+            "SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "1"}
+    leaked = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "7"}
+    environment = {**told, **leaked}
+    monkeypatch.setattr(rendezvous.os, "environ", environment)
+    rendezvous.enter()
+    assert environment == {**told, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
 def test_interface() -> None:
     """The interface of an address is found, mapped IPv4 too; an address of nobody's has none."""
     assert interface_of("127.0.0.1") == "lo"
