@@ -26,7 +26,7 @@ test: $(STAMP) ## all quick tests
 
 # It asks for what no other target does: Debian's Slurm packages, root, and daemons while it runs.
 test-slurm: $(STAMP) ## real runs on a real Slurm, which is installed and started for it (root, Debian)
-	ALEXNET_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
+	ALEXNET_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm --session-timeout=900 $(ARGS)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/python -m ruff check .

@@ -28,6 +28,7 @@ from typing import Any
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
 from alexnet_ddp.runfiles import read_state
 from alexnet_ddp.stop import SIGNALS, quit_on_second_interrupt
+from launch.job import leave
 
 SHUTDOWN = 600  # seconds the ranks may take to save once a stop signal was passed on
 
@@ -157,4 +158,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -32,11 +32,11 @@ from cluster import GLANCE, Cluster, Job, slurm, submit_script
 
 PROGRAM = Path(sys.executable).parent / "alexnet-ddp"
 ROOT = Path(__file__).parents[1]
-# A hundred steps of some milliseconds, evaluated half-way and at the end.
-CHANGES: dict[str, Any] = {"epochs": 20, "evaluate__epochs": 10, "checkpoint__epochs": None, "checkpoint__steps": 10}
+# Sixty steps of some milliseconds, evaluated half-way and at the end.
+CHANGES: dict[str, Any] = {"epochs": 12, "evaluate__epochs": 6, "checkpoint__epochs": None, "checkpoint__steps": 10}
 SEED = 3  # tiny_recipe's
 # What is to be met by a signal goes slowly at first. A fault is no part of the experiment: it moves no bit.
-SLOW = ("fault.kind=slow", "fault.rank=-1", "fault.seconds=0.15", "fault.times=40")
+SLOW = ("fault.kind=slow", "fault.rank=-1", "fault.seconds=0.15", "fault.times=30")
 MEET = 15  # the step at which a slow run is met
 
 
@@ -280,8 +280,9 @@ def walltime_again_and_again(lane: Lane) -> Times:
 
 
 def _walltime(run: Run, *, limits: int) -> Times:
-    # Slurm warns in the first half-minute of the last 45 s, so 15 to 45 s after the start.
-    job = run.submit("fault.kind=slow", "fault.rank=-1", "fault.seconds=1.5", f"fault.times={28 * limits}", time="1")
+    # Slurm looks every half-minute, and warns when less than 45 s are left: 15 to 45 s after the start.
+    slow = ["fault.seconds=1.5", "fault.times=28"] if limits == 1 else ["fault.seconds=3", "fault.times=60"]
+    job = run.submit("fault.kind=slow", "fault.rank=-1", *slow, time="1")
     times = Times()
     for start in range(limits):
         run.wait_for_log(f"start {start} ended", job, timeout=150)
@@ -290,6 +291,7 @@ def _walltime(run: Run, *, limits: int) -> Times:
             job.wait_for("PENDING", restarts=limits)
             job.limit(20)
         times = run.recovery(job, since=left, start=start + 1)
+    job.wait_until_over(timeout=300)  # many slow steps may be left
     run.finish(job, *["walltime"] * limits, "finished")
     return times
 
@@ -430,13 +432,13 @@ def signal_during_a_save(lane: Lane) -> Times:
 def signal_during_evaluation(lane: Lane) -> Times:
     """USR2 within an evaluation: left there, and evaluated after the resume."""
     run = lane.run("signal_during_evaluation")
-    job = run.submit("fault.kind=slow", "fault.at=evaluate", "fault.step=50", "fault.rank=-1", "fault.seconds=2")
-    run.wait_for_step(50, job)
+    job = run.submit("fault.kind=slow", "fault.at=evaluate", "fault.step=30", "fault.rank=-1", "fault.seconds=2")
+    run.wait_for_step(30, job)
     time.sleep(1.5)
     sent = job.signal("USR2")
     times = run.recovery(job, since=sent)
     first = next(record for record in read_attempts(run.path) if record["event"] == "end")
-    assert first["step"] == 50, first
+    assert first["step"] == 30, first
     run.finish(job, "warned", "finished")
     return times
 
