@@ -72,8 +72,13 @@ def new_id() -> str:
 
 
 def run_directory(config: Config, cwd: Path) -> Path:
-    """The absolute run directory of a recipe that is used in `cwd`."""
-    return Path(os.path.abspath(cwd / config.run_dir))
+    """The absolute run directory of a recipe that is used in `cwd`. Raises UserError where no job can work in it."""
+    run_dir = Path(os.path.abspath(cwd / config.run_dir))
+    wrong = [sign for sign in (":", "%") if sign in str(run_dir)]
+    if wrong:  # PYTHONPATH, by which a job finds its frozen code, and Slurm's names of log files give them a meaning
+        raise UserError(f"The path of a job's run directory has no '{wrong[0]}' in it, got {run_dir}. Choose another "
+                        "with runs=... (the folder of all runs).")
+    return run_dir
 
 
 # --- freezing ---------------------------------------------------------------------------------------------------

@@ -58,6 +58,14 @@ def test_run_directory_is_absolute(tmp_path: Path) -> None:
     assert snapshot.load(path).run_dir == tmp_path / "runs" / "a"
 
 
+@pytest.mark.parametrize("folder", ["runs/10:30", "50%jobs"])
+def test_path_that_a_job_cannot_have(tmp_path: Path, folder: str) -> None:
+    """A ':' would hide the frozen code from Python, and the job would run the checkout's; a '%' is one of Slurm's."""
+    with pytest.raises(UserError, match=r"has no '[:%]' in it, .*runs=\.\.\."):
+        freeze(recipes.build({"name": "a", "runs": folder, "data": {"train": "d"}}), tmp_path)
+    assert not (tmp_path / folder).exists()
+
+
 def test_code_is_whole(config: Config, tmp_path: Path) -> None:
     """All sources of both packages are in it, and nothing that Python has made of them."""
     path = freeze(config, tmp_path)
