@@ -38,6 +38,7 @@ from launch.slurm import JobFacts, job_facts
 from launch.snapshot import Snapshot, load
 
 HOLD = 120.0  # seconds to stay when TERM came and Slurm can't be asked why: if it preempts, it ends the job itself
+PAUSE = 10.0  # seconds after which it is asked again meanwhile
 KNOWN = {str(cause): cause for cause in Cause}
 ASK = (0, 2, 5, 10, 20, 20)  # seconds between two tries to requeue: slurmctld may be restarting
 
@@ -232,6 +233,13 @@ def end(snapshot: Snapshot, job: Job, *, exit_code: int) -> None:
     """Closes an attempt, and asks Slurm to bring the job back where that was decided."""
     facts = job_facts(job.id) if job.id else None
     decision = judge(snapshot, job, exit_code=exit_code, facts=facts)
+    held = 0.0
+    while decision.action == "slurm" and facts is None and held < HOLD:
+        time.sleep(PAUSE)  # were this shell to leave now, a preempted job would end rather than come back
+        held += PAUSE
+        facts = job_facts(job.id) if job.id else None
+        if facts is not None:  # slurmctld was being restarted, say
+            decision = judge(snapshot, job, exit_code=exit_code, facts=facts)
     if decision.action == "requeue":
         refusal = ask_slurm(job)
         if refusal:
@@ -240,8 +248,6 @@ def end(snapshot: Snapshot, job: Job, *, exit_code: int) -> None:
                        step=None, exit_code=exit_code)
             say(f"Slurm refused to requeue job {job.name}: {refusal}. "
                 f"alexnet-ddp submit {snapshot.path / 'recipe.yaml'} goes on from the newest checkpoint.")
-    elif decision.action == "slurm" and facts is None:
-        time.sleep(HOLD)  # were this shell to leave now, a preempted job would end rather than come back
 
 
 def main(words: list[str]) -> int:

@@ -87,9 +87,9 @@ def decide(history: Sequence[Attempt], *, caps: Caps) -> Decision:
             return Decision("stop", "it was asked to stop")
         case Cause.SLURM:
             return Decision("slurm", "Slurm decides, or has decided already")
-    stalled = _in_a_row(history, lambda attempt: attempt.ended <= attempt.began)
-    if stalled >= caps.stalled:
-        return Decision("stop", f"{_count(stalled, 'attempt')} in a row brought no new step to a checkpoint")
+    stalled = stalled_start(history, caps=caps)
+    if stalled:
+        return Decision("stop", stalled)
     if last.cause in BENIGN:
         return Decision("requeue", f"{last.cause}; {_progress(last)}")
     if last.cause in (Cause.MEMORY, Cause.NONFINITE):
@@ -104,11 +104,14 @@ def decide(history: Sequence[Attempt], *, caps: Caps) -> Decision:
 
 
 def stalled_start(history: Sequence[Attempt], *, caps: Caps) -> str:
-    """Why an attempt should not even begin, or "": only those that Slurm restarts by itself come here unjudged."""
+    """Why there should be no further attempt, or "". Slurm restarts some by itself: then it is asked at their start."""
     stalled = _in_a_row(history, lambda attempt: attempt.ended <= attempt.began)
     if stalled < caps.stalled:
         return ""
-    return f"{_count(stalled, 'attempt')} in a row brought no new step to a checkpoint"
+    reason = f"{_count(stalled, 'attempt')} in a row brought no new step to a checkpoint"
+    if all(attempt.cause in BENIGN for attempt in history[-stalled:]):  # cut off while all was well
+        reason += "; to save more often, submit it again with a smaller checkpoint.minutes=..."
+    return reason
 
 
 def _in_a_row(history: Sequence[Attempt], fits: Callable[[Attempt], bool]) -> int:

@@ -16,7 +16,7 @@ import pytest
 import harness
 from alexnet_ddp import config as recipes
 from alexnet_ddp.runfiles import Job, add_attempt, read_attempts, read_state, replace_state
-from launch import attempts, batch, snapshot
+from launch import attempts, batch, slurm, snapshot
 from launch.requeue import Cause
 
 # What `scontrol show job -o` prints, as far as it is read.
@@ -262,8 +262,28 @@ def test_no_scontrol_at_all(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "job_facts", lambda _: None)
     box.state("preempted", why="TERM")
     attempts.end(box.snapshot, Job("12"), exit_code=75)
-    assert held == [attempts.HOLD]
+    assert sum(held) == attempts.HOLD
     assert read_state(box.run_dir)["requeue"]["decision"] == "slurm"
+
+
+def test_slurm_away_during_a_preemption(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TERM while slurmctld is being restarted: asked again, it tells of the preemption, and the job comes back."""
+    known = slurm.parse_job(FACTS.format(state="RUNNING", restarts=0, preempt="2026-11-22T00:05:00"))
+    answers = iter([None, None, known])
+    asked: list[Job] = []
+
+    def ask(job: Job) -> str:
+        asked.append(job)
+        return ""
+
+    monkeypatch.setattr(attempts.time, "sleep", lambda _: None)
+    monkeypatch.setattr(attempts, "job_facts", lambda _: next(answers))
+    monkeypatch.setattr(attempts, "ask_slurm", ask)
+    box.state("preempted", why="TERM")
+    box.checkpoint(8)
+    attempts.end(box.snapshot, Job("12"), exit_code=75)
+    assert asked == [Job("12")]
+    assert read_state(box.run_dir)["requeue"]["cause"] == "preempted"
 
 
 def test_start_without_progress_is_refused(box: Box) -> None:
