@@ -28,7 +28,7 @@ from typing import Any
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
 from alexnet_ddp.runfiles import read_state
 from alexnet_ddp.stop import SIGNALS, quit_on_second_interrupt
-from launch.job import leave
+from launch.job import leave, opened
 
 SHUTDOWN = 600  # seconds the ranks may take to save once a stop signal was passed on
 
@@ -126,16 +126,14 @@ def main(words: list[str]) -> int:
     """The agent of one node of a Slurm job; returns the exit code."""
     from launch.place import place_of
     from launch.rendezvous import meet
-    from launch.snapshot import load
 
     parser = argparse.ArgumentParser(prog="python -m launch.agent")
     parser.add_argument("snapshot", type=Path)
     parser.add_argument("--nproc-per-node", type=int, required=True, metavar="N", help="ranks on this node")
     options = parser.parse_args(words)
-    snapshot = load(options.snapshot)
-    os.chdir(snapshot.cwd)
-    arguments = ["train", str(snapshot.path / "recipe.yaml"), *(["--accept-changes"] * snapshot.accept_changes)]
     try:
+        snapshot = opened(options.snapshot)
+        arguments = ["train", str(snapshot.path / "recipe.yaml"), *(["--accept-changes"] * snapshot.accept_changes)]
         place = place_of(os.environ)
         if place is None:
             raise UserError("launch.agent is started by srun, one task a node; on a single machine use "

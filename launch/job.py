@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from alexnet_ddp.errors import EXIT_USER, UserError
+from alexnet_ddp.errors import UserError
 from alexnet_ddp.invocation import train
 from alexnet_ddp.runfiles import LOCAL_JOB, job_of, read_attempts
 from alexnet_ddp.words import answer
@@ -56,13 +56,22 @@ def leave(code: int) -> NoReturn:
 def main(words: Sequence[str]) -> int:
     """This task's part of an attempt, from the snapshot at `words[0]`; returns the exit code."""
     try:
-        snapshot = load(Path(words[0]))
+        snapshot = opened(Path(words[0]))
+    except UserError as mistake:
+        print(f"alexnet-ddp: error: {mistake}", file=sys.stderr, flush=True)
+        return mistake.code
+    return run_here(snapshot) if "SUBMITIT_LOCAL_GLOBALID" in os.environ else run(snapshot)
+
+
+def opened(path: Path) -> Snapshot:
+    """The snapshot at `path`; from now on in the job's folder. Raises UserError where this host doesn't see them."""
+    try:
+        snapshot = load(path)
         os.chdir(snapshot.cwd)
     except (UserError, OSError) as mistake:
-        print(f"alexnet-ddp: error: {socket.gethostname()} doesn't see what the job runs: {mistake} Put runs=... on a "
-              "file system that all nodes share.", file=sys.stderr, flush=True)
-        return EXIT_USER
-    return run_here(snapshot) if "SUBMITIT_LOCAL_GLOBALID" in os.environ else run(snapshot)
+        raise UserError(f"{socket.gethostname()} doesn't see what the job runs: {mistake} Put runs=... on a file "
+                        "system that all nodes share.") from None
+    return snapshot
 
 
 def run(snapshot: Snapshot) -> int:

@@ -9,10 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import harness
 from alexnet_ddp import config as recipes
+from alexnet_ddp.errors import EXIT_USER
 from alexnet_ddp.runfiles import read_state
-from launch import snapshot
+from launch import agent, snapshot
 
 SIGNALS = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
@@ -109,3 +112,9 @@ def test_host_that_does_not_see_the_snapshot(tmp_path: Path) -> None:
     assert code == 2
     assert "doesn't see what the job runs" in output
     assert "Traceback" not in output
+
+
+def test_agents_host_does_not_see_the_snapshot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A torchrun agent without the shared file system says so as a task does, and with the same exit code."""
+    assert agent.main([str(tmp_path / "nowhere"), "--nproc-per-node", "2"]) == EXIT_USER
+    assert "doesn't see what the job runs" in capsys.readouterr().err
