@@ -86,6 +86,7 @@ def launch(arguments: Sequence[str], *, ranks: int, run_dir: Path, place: Nodes 
             name = signal.Signals(-first.exitcode).name  # no rank was left to tell
             print(f"alexnet-ddp: rank {rank} was ended by {name}. The same command goes on from the newest checkpoint.",
                   file=sys.stderr, flush=True)
+            return 128 - first.exitcode  # as srun and shells tell it: worth another start, unlike a bug's 1
         return EXIT_USER if first.exitcode == EXIT_USER else EXIT_FAILED
     except SignalException:
         pass  # passed on to the ranks, which have left by now; state.json says whether in good order

@@ -39,7 +39,8 @@ class Step:
             "SLURM_NODEID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_TASKS_PER_NODE": "2",
             "SLURM_RESTART_COUNT": str(restart), "PYTHONPATH": str(self.snapshot), "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "", **more}
-        return subprocess.Popen([sys.executable, "-P", "-u", "-m", module, str(self.snapshot)], env=environment,
+        words = ["--nproc-per-node", "1"] if module == "launch.agent" else []
+        return subprocess.Popen([sys.executable, "-P", "-u", "-m", module, str(self.snapshot), *words], env=environment,
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
 
@@ -118,3 +119,11 @@ def test_agents_host_does_not_see_the_snapshot(tmp_path: Path, capsys: pytest.Ca
     """A torchrun agent without the shared file system says so as a task does, and with the same exit code."""
     assert agent.main([str(tmp_path / "nowhere"), "--nproc-per-node", "2"]) == EXIT_USER
     assert "doesn't see what the job runs" in capsys.readouterr().err
+
+
+def test_agents_only_rank_is_killed(tmp_path: Path) -> None:
+    """Under torchrun, too, a rank that is killed and leaves nobody to tell it isn't taken for a bug: 137."""
+    step = Step(tmp_path, fault={"kind": "kill", "rank": 0, "step": 2})
+    code, output = ends([step.start(0, module="launch.agent", SLURM_TASKS_PER_NODE="1", SLURM_NTASKS="1")])[0]
+    assert (code, read_state(step.run_dir)["status"]) == (137, "running"), output
+    assert "rank 0 was ended by SIGKILL" in output
