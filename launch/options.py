@@ -77,6 +77,9 @@ def _gpus(text: str) -> tuple[str, int]:
     return kind, 0 if number == "0" and not kind else _count(number)
 
 
+SEEDS = 1000  # Slurm's MaxArraySize is 1001 unless a site has changed it
+
+
 def seeds(text: str) -> list[int]:
     """`0-4` or `0,2,5` as numbers. Raises UserError."""
     found: list[int] = []
@@ -84,7 +87,10 @@ def seeds(text: str) -> list[int]:
         span = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
         if not span or (span[2] and int(span[2]) < int(span[1])):
             raise UserError(f"--seeds takes numbers and spans such as 0-4 or 0,2,5, got '{text}'.")
-        found += range(int(span[1]), int(span[2] or span[1]) + 1)
+        seeds_of_span = range(int(span[1]), int(span[2] or span[1]) + 1)
+        if len(found) + len(seeds_of_span) > SEEDS:
+            raise UserError(f"--seeds makes a run of each seed, at most {SEEDS} at once, got '{text}'.")
+        found += seeds_of_span
     if len(set(found)) < len(found):
         raise UserError(f"--seeds names a seed twice: '{text}'. Two jobs can't work in one run directory.")
     return found

@@ -201,7 +201,8 @@ def _cause_of_stop(why: str, *, facts: JobFacts | None, now: float) -> tuple[Cau
     """What stood behind a stop that the ranks agreed on."""
     if why in ("INT", "HUP", "STOP file"):
         return Cause.STOPPED, why
-    if facts is not None and facts.preempt_time is not None:
+    # A time before this start's beginning would be an earlier preemption's.
+    if facts is not None and facts.preempt_time is not None and facts.preempt_time >= (facts.start_time or 0.0):
         return Cause.PREEMPTED, f"{why}: Slurm is preempting the job"
     if facts is not None and _time_is_up(facts, now=now):
         return Cause.WALLTIME, f"{why}: the time is up"

@@ -250,8 +250,11 @@ def hand_over(wanted: Order) -> list[Followed]:
         log = wanted.folder / f"{job}_0_log.out"
         number, _, task = job.partition("_")
         if wanted.cluster == "slurm":
-            add_attempt(run_dir, "submit", job=number, array=job if task else None, snapshot=path.name,
-                        command=wanted.command)
+            try:
+                add_attempt(run_dir, "submit", job=number, array=job if task else None, snapshot=path.name,
+                            command=wanted.command)
+            except OSError as error:  # Slurm has the job already: its number must not be lost over this
+                _say(f"note: job {job} is submitted, but {run_dir} can't be written ({error.strerror}).")
         if task:
             log = rundir.link(log, run_dir / SUBMISSION)
         runs.append(Followed(run_dir, log, job, label=run_dir.name if len(jobs) > 1 else ""))

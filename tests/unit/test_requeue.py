@@ -161,6 +161,7 @@ SOON, LATER, OVER = 10_000.0 - 60.0, 10_000.0 - 3000.0, 10_001.0  # unix times b
     (state("preempted", why="TERM"), EXIT_STOPPED, facts("PENDING", restarts=2), LATER, Cause.SLURM),
     (state("preempted", why="TERM"), EXIT_STOPPED, facts("COMPLETING"), OVER, Cause.WALLTIME),
     (state("preempted", why="TERM"), EXIT_STOPPED, facts(), LATER, Cause.STOPPED),
+    (state("preempted", why="TERM"), EXIT_STOPPED, facts(preempt_time=6_000.0), LATER, Cause.STOPPED),  # long ago
     (state("preempted", why="TERM"), EXIT_STOPPED, None, LATER, Cause.SLURM),
     (state("preempted", why="TERM"), EXIT_STOPPED, facts("TIMEOUT"), SOON, Cause.WALLTIME),
     # By the user.

@@ -531,7 +531,7 @@ def test_seeds(text: str, numbers: list[int]) -> None:
     assert submit.seeds(text) == numbers
 
 
-@pytest.mark.parametrize("text", ["", "a", "4-1", "1-", "-1", "1..3", "0,0", "0-3,2"])
+@pytest.mark.parametrize("text", ["0-100000", "", "a", "4-1", "1-", "-1", "1..3", "0,0", "0-3,2"])
 def test_no_seeds(text: str) -> None:
     """Anything else is refused, and a seed given twice, whose two jobs would share a run directory."""
     with pytest.raises(UserError, match="--seeds"):
