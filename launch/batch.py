@@ -25,6 +25,8 @@ OPEN = [
 ]
 CLOSE = [
     "status=$?",
+    "# With proctrack/linuxproc, what is meant for this shell also reaches the children that decide for it.",
+    "trap '' HUP TERM USR1 USR2",
     '"$PYTHON" -P -m launch.attempts end "$SNAPSHOT" --exit-code "$status"',
     'exit "$status"',
 ]

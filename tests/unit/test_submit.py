@@ -66,9 +66,10 @@ class Slurm:
         self.put("squeue", "")
 
     def put(self, name: str, text: str, *, code: int = 0, error: str = "") -> None:
-        (self.folder / f"{name}.out").write_text(text)
-        (self.folder / f"{name}.code").write_text(str(code))
-        (self.folder / f"{name}.err").write_text(error)
+        for kind, words in (("out", text), ("code", str(code)), ("err", error)):
+            draft = self.folder / f"{name}.{kind}.new"
+            draft.write_text(words)
+            draft.replace(self.folder / f"{name}.{kind}")  # a fake that runs just now reads one or the other
 
     def queue(self, *jobs: tuple[str, str]) -> None:
         """What squeue answers, as launch.slurm asks: jobs with their states."""
@@ -209,8 +210,8 @@ def test_script(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Said, tmp_p
                        f"-m submitit.core._submit {run_dir}/slurm")
     lines = fake_slurm.script.splitlines()
     assert "export SRUN_CPUS_PER_TASK=8" in lines
-    assert lines[-3:] == ["status=$?", '"$PYTHON" -P -m launch.attempts end "$SNAPSHOT" --exit-code "$status"',
-                          'exit "$status"']
+    assert lines[-5:] == ["status=$?", *lines[-4:-2],
+                          '"$PYTHON" -P -m launch.attempts end "$SNAPSHOT" --exit-code "$status"', 'exit "$status"']
 
 
 def test_bash_takes_it(fake_slurm: Slurm, recipe: str, said: Said, tmp_path: Path) -> None:
