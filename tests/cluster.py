@@ -10,9 +10,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +36,9 @@ class Cluster:
         self._with_user_signal, self._users = False, 0
 
     def up(self) -> None:
-        """From nothing; installs packages only where ALEXNET_TEST_SLURM=1 allows it."""
+        """From nothing; installs packages only where ALEXNET_TEST_SLURM=1 allows it. Another session's is waited for."""
+        self._lock = (Path(tempfile.gettempdir()) / "alexnet-slurm.lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._script("down")
         self._script("up")
         os.environ["SLURM_CONF"] = self._script("config").strip()
@@ -42,6 +46,7 @@ class Cluster:
     def down(self) -> None:
         self._script("down")
         os.environ.pop("SLURM_CONF", None)
+        self._lock.close()
 
     def start(self, node: str) -> None:
         """Starts the daemon of a node that was powered off."""
