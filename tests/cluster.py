@@ -36,7 +36,7 @@ class Cluster:
         self._with_user_signal, self._users = False, 0
 
     def up(self) -> None:
-        """From nothing; installs packages only where ALEXNET_TEST_SLURM=1 allows it. Waits for another session's end."""
+        """From nothing, once no other session has one; installs packages only where ALEXNET_TEST_SLURM=1 allows it."""
         self._lock = (Path(tempfile.gettempdir()) / "alexnet-slurm.lock").open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._script("down")
