@@ -37,9 +37,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def listen() -> None:
+    """In a new process: HUP and INT as in a terminal, though the tests run under nohup or in a script's background."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _rank(words: list[str], environment: dict[str, str], output: str) -> None:
     os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored when the tests run under nohup
+    listen()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)

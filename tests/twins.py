@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -172,7 +171,7 @@ class Command:
         environment = {**inherited, "ALEXNET_TEST_MARK": self.mark, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with log.open("ab") as file:
             self.process = subprocess.Popen([*PYTHON, *words], stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-                                            env=environment, start_new_session=True, preexec_fn=_default_hangup,
+                                            env=environment, start_new_session=True, preexec_fn=harness.listen,
                                             cwd=Path(__file__).parents[1])
 
     def output(self) -> str:
@@ -247,11 +246,6 @@ def in_sessions(sessions: Iterable[int]) -> list[int]:
         if fields[3] in wanted and fields[0] not in ("Z", "X"):
             found.append(pid)
     return found
-
-
-def _default_hangup() -> None:
-    """Under nohup HUP would be ignored, by our ranks as well."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _all_pids() -> list[int]:

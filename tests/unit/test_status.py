@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import harness
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.lease import Lease
 from alexnet_ddp.runfiles import Saved, add_attempt, replace_state
@@ -360,7 +361,8 @@ def test_watch_prints_what_changes(runs: Path) -> None:
     """Without a terminal --watch prints a row when it changes, with neither colours nor carriage returns."""
     put_run(runs, "still", state("finished", step=100))
     run = put_run(runs, "moving", state("preempted", job=None, why="INT"))
-    watching = subprocess.Popen(command("--watch", runs=runs), stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    watching = subprocess.Popen(command("--watch", runs=runs), stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                                preexec_fn=harness.listen)
     assert watching.stdout is not None
     try:
         told = [watching.stdout.readline() for _ in range(4)]

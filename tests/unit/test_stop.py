@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import harness
 from alexnet_ddp import stop
 from alexnet_ddp.errors import EXIT_INTERRUPTED
 from alexnet_ddp.stop import CAUSES, SIGNALS, STOP_FILE, StopRequests, deadline_from, lead_time
@@ -38,7 +39,7 @@ class Listener:
 
     def __init__(self, before: str) -> None:
         self._process = subprocess.Popen([sys.executable, "-c", LISTENER, before], bufsize=0,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=harness.listen)
         assert self.line() == "begun"
 
     def line(self) -> str:

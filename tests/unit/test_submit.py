@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import harness
 from alexnet_ddp import cli
 from alexnet_ddp import config as recipes
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
@@ -774,7 +775,8 @@ def test_interrupt_stops_following_only(fake_slurm: Slurm, recipe: str, run_dir:
     """Ctrl-C ends the following with 130 and says that the job goes on; nothing is cancelled."""
     fake_slurm.queue(("77", "RUNNING"))
     process = subprocess.Popen([sys.executable, "-m", "launch.submit", recipe, "--follow"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               preexec_fn=harness.listen)
     assert process.stdout is not None
     for line in process.stdout:
         if "STOP" in line:
