@@ -83,11 +83,14 @@ class Report:
 
     # --- metrics ------------------------------------------------------------------------------------------------
 
-    def training(self, record: dict[str, Any], *, steps: int, seconds: float, steps_per_epoch: int,
+    def training(self, record: dict[str, Any], *, steps: int, timed: int, seconds: float, steps_per_epoch: int,
                  waited: Sequence[float]) -> None:
-        """A logging window of `steps` steps that took `seconds`; `waited`: seconds by rank, since the start."""
+        """A logging window of `steps` steps, of which this attempt took `timed` in `seconds`.
+
+        `waited`: seconds by rank, since the start.
+        """
         self._write({"kind": "train", **record})
-        self._console.train(record, seconds_per_step=seconds / steps)
+        self._console.train(record, seconds_per_step=seconds / timed)
         self._name_straggler(waited, seconds=seconds)
         chance = math.log(self._config.model.num_classes)
         patience = max(steps_per_epoch / 2, PATIENCE)

@@ -261,6 +261,7 @@ class Trainer:
             batches = loader.run(training_works(self.config, self.data, first_step=self.place["step"],
                                                 rank=self.world.rank, world=self.world.size))
             faults.strike(self.config.fault, at="start", step=self.place["step"], rank=self.world.rank)
+            self.timed_from = self.place["step"]  # the window may have begun in an earlier attempt
             self.window_began, self.waited_before = time.perf_counter(), 0.0
             while True:
                 if self._evaluation_due() and not self._evaluate():
@@ -337,16 +338,18 @@ class Trainer:
         steps, step = self.window.filled, self.place["step"]
         summary = self.window.summary()
         elapsed = time.perf_counter() - self.window_began
+        timed = range(self.timed_from, step)  # steps
+        images = sum(self.order.plan(each).count for each in timed)
         record = {
             "step": step, "epoch": (step - 1) // self.order.steps_per_epoch, "samples": summary.samples,
             "loss": summary.loss, "top1": summary.top1, "lr": self.rate, "grad_norm": summary.grad_norm,
-            "skipped": summary.skipped, "images_per_second": summary.samples / elapsed,
+            "skipped": summary.skipped, "images_per_second": images / elapsed,
             "data_wait": min(1.0, (loader.waited - self.waited_before) / elapsed),
             "memory_peak": memory_peak(self.world)}
         if self.report is not None:
-            self.report.training(record, steps=steps, seconds=elapsed, steps_per_epoch=self.order.steps_per_epoch,
-                                 waited=self.agreed.waits)
-        self.window_began, self.waited_before = time.perf_counter(), loader.waited
+            self.report.training(record, steps=steps, timed=len(timed), seconds=elapsed,
+                                 steps_per_epoch=self.order.steps_per_epoch, waited=self.agreed.waits)
+        self.timed_from, self.window_began, self.waited_before = step, time.perf_counter(), loader.waited
         self._check_finite(summary.skipped_in_a_row)
         if self.config.limits.loss is not None and summary.loss < self.config.limits.loss:
             self.total_steps = step  # the same on all ranks, as the loss is

@@ -42,6 +42,21 @@ def test_signals(bench: Callable[..., Bench], world: int, everyone: bool) -> Non
     here.check_equal(run)
 
 
+def test_rate_after_a_resume(bench: Callable[..., Bench]) -> None:
+    """A logging window that began before the stop tells the rate of the steps since the resume, not of all its steps.
+
+    Every step of the second attempt takes 0.3 s on purpose, so that more than 51 images a second can't be true.
+    """
+    run = bench(world=2).run()
+    run.go("log.steps=10", *fault("signal", step=5))
+    step = run.state["step"]
+    assert 5 <= step <= 7
+    run.go("log.steps=10", *fault("slow", step=step + 1), "fault.seconds=0.3", "fault.times=20").check()
+    first = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])
+    assert (first["kind"], first["step"]) == ("train", 10)
+    assert first["images_per_second"] <= 51
+
+
 def test_no_rank_leaves_before_all_is_done(tmp_path: Path) -> None:
     """srun kills the other ranks when the first leaves with 75: by then the slow rank 0 has given the directory back.
     """
