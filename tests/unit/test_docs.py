@@ -147,14 +147,20 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 @pages
-def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command in a code block exists; those that train have a recipe, flags and keys that are accepted."""
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command in a code block exists; those that train or submit have a recipe, flags and keys that hold."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm, and nobody's profile
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     for words in commands(page):
         told = io.StringIO()
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
             if words[0] == "train":
                 assert cli.main([*words, "--print-config"]) == EXIT_FINISHED, f"{page.name}: {words}: {told.getvalue()}"
+                continue
+            if words[0] == "submit":
+                words += [f"runs={tmp_path}", "--dry-run"]  # whatever has been trained here
+                assert cli.main(words) == EXIT_FINISHED, f"{page.name}: {words}: {told.getvalue()}"
                 continue
             assert words[0] in cli.COMMANDS or words[0].startswith("--"), f"{page.name}: {words}"
             if words[0] in cli.COMMANDS:

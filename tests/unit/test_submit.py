@@ -368,7 +368,7 @@ def test_data_that_is_not_seen(no_slurm: None, recipe: str, said: Said, tmp_path
     """Data that the login node doesn't see are worth a word; patterns are left to the nodes."""
     note = f"note: data.train={tmp_path}/images isn't there on this machine; the nodes must have it."
     assert note in said(recipe, "--dry-run")[1]
-    for there in (f"{tmp_path}/work/small.yaml::sub/folder", f"{tmp_path}/shard-*.tar", f"{tmp_path}/{{000..009}}.tar"):
+    for there in (f"{recipe}::sub/folder", f"{tmp_path}/shard-*.tar", f"{tmp_path}/{{000..009}}.tar"):
         assert "isn't there" not in said(recipe, f"data.train={there}", "--dry-run")[1]
 
 
