@@ -24,7 +24,7 @@ from alexnet_ddp.data.order import Order
 from alexnet_ddp.distributed import World, everywhere, on_rank_0
 from alexnet_ddp.errors import RunFailed, UserError
 from alexnet_ddp.lease import Lease
-from alexnet_ddp.runfiles import STATE, job_of, read_state
+from alexnet_ddp.runfiles import STATE, free_name, job_of, read_state
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.sinks import say
 from alexnet_ddp.watchdog import Failure, kind_of
@@ -58,7 +58,7 @@ class RunDirectory:
         self._lease = self._acquire(wait=wait)
         if fresh and any(self.path.glob("checkpoints/*")):
             self._lease.release()
-            aside = _free_name(self.path)
+            aside = free_name(self.path)
             os.rename(self.path, aside)
             say(f"--fresh: the old run was kept as {aside}")
             self._lease = self._acquire(wait=wait)
@@ -240,10 +240,3 @@ def git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain", "--", home).splitlines()}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    return aside

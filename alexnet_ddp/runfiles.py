@@ -124,3 +124,11 @@ def add_attempt(run_dir: Path, event: str, **facts: Any) -> None:
         file.write(json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def free_name(run_dir: Path) -> Path:
+    """A name beside the run directory under which --fresh keeps the old run."""
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+        number += 1
+    return aside

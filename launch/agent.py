@@ -28,7 +28,8 @@ from typing import Any
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
 from alexnet_ddp.runfiles import read_state
 from alexnet_ddp.stop import SIGNALS, quit_on_second_interrupt
-from launch.job import leave, opened
+from alexnet_ddp.words import leave
+from launch.snapshot import opened
 
 SHUTDOWN = 600  # seconds the ranks may take to save once a stop signal was passed on
 

@@ -10,20 +10,18 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.invocation import train
 from alexnet_ddp.runfiles import LOCAL_JOB, job_of, read_attempts
-from alexnet_ddp.words import answer
+from alexnet_ddp.words import answer, leave
 from launch.place import place_of
 from launch.rendezvous import enter
 from launch.slurm import JobFacts
-from launch.snapshot import Snapshot, load
+from launch.snapshot import Snapshot, opened
 
 LOCAL_REQUEUE = 144  # exit code by which submitit's local executor starts a job again
 
@@ -46,13 +44,6 @@ class Task:
         return code
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process now: taking torch down takes seconds, and Slurm's KillWait may be all there is left."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def main(words: Sequence[str]) -> int:
     """This task's part of an attempt, from the snapshot at `words[0]`; returns the exit code."""
     try:
@@ -61,17 +52,6 @@ def main(words: Sequence[str]) -> int:
         print(f"alexnet-ddp: error: {mistake}", file=sys.stderr, flush=True)
         return mistake.code
     return run_here(snapshot) if "SUBMITIT_LOCAL_GLOBALID" in os.environ else run(snapshot)
-
-
-def opened(path: Path) -> Snapshot:
-    """The snapshot at `path`; from now on in the job's folder. Raises UserError where this host doesn't see them."""
-    try:
-        snapshot = load(path)
-        os.chdir(snapshot.cwd)
-    except (UserError, OSError) as mistake:
-        raise UserError(f"{socket.gethostname()} doesn't see what the job runs: {mistake} Put runs=... on a file "
-                        "system that all nodes share.") from None
-    return snapshot
 
 
 def run(snapshot: Snapshot) -> int:

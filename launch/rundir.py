@@ -16,7 +16,7 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.lease import Lease
-from alexnet_ddp.runfiles import newest_checkpoint
+from alexnet_ddp.runfiles import free_name, newest_checkpoint
 from alexnet_ddp.stop import STOP_FILE
 from launch import facts as gathering
 from launch.facts import Facts
@@ -137,9 +137,7 @@ def set_aside(run_dirs: Sequence[Path], *, say: Callable[[str], None]) -> list[M
         except UserError:
             put_back(moved, say=say)
             raise
-        number = 1
-        while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
-            number += 1
+        aside = free_name(run_dir)
         os.rename(run_dir, aside)
         say(f"--fresh: the old run was kept as {aside}")
         moved.append((run_dir, aside))

@@ -18,6 +18,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -176,6 +177,17 @@ def load(snapshot: Path) -> Snapshot:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"A snapshot is a folder such as RUN/{FOLDER}/20260102-030405-678901 with a {FACTS} in it, and "
                         f"{path} is none: {error}. `alexnet-ddp submit` makes them.") from None
+
+
+def opened(path: Path) -> Snapshot:
+    """The snapshot at `path`; from now on in the job's folder. Raises UserError where this host doesn't see them."""
+    try:
+        snapshot = load(path)
+        os.chdir(snapshot.cwd)
+    except (UserError, OSError) as mistake:
+        raise UserError(f"{socket.gethostname()} doesn't see what the job runs: {mistake} Put runs=... on a file "
+                        "system that all nodes share.") from None
+    return snapshot
 
 
 def made_by(job: str, *, runs: Path) -> Path | None:
