@@ -62,12 +62,19 @@ class DataSection(Section):
     train: str = field("", "free", "folder, file.tar, file.tar::sub/path or shards; identity is checked apart")
     val: str | None = field(None, "free", "held-out data in the same forms; null: no evaluation")
     limit: int | None = field(None, "order", "train on only so many samples, evenly over the classes", ge=1)
-    stored: Literal["original", "short256", "raw256"] = field(
-        "original", "order", "deterministic stage before augmentation: short256 is short side 256 as JPEG "
-        "quality 90, raw256 its central 256 x 256 pixels")
-    decoder: Literal["auto", "simplejpeg", "pillow"] = field(
+    stored: str = field(
+        "original", "order", "deterministic stage before augmentation: original | shortN (short side N, JPEG quality "
+        "90) | maxN (at most N a side, the same) | rawN (the central N x N pixels of short side N, uint8)",
+        pattern=r"^(original|(short|max|raw)[1-9][0-9]{1,3})$")
+    decoder: Literal["auto", "turbojpeg", "nvimgcodec", "simplejpeg", "torchcodec", "pillow"] = field(
         "auto", "bits", "auto: the quickest that is installed, kept for the whole run")
-    cache: Literal["none"] = field("none", "free", "where decoded records are kept")
+    cache: Literal["none", "disk", "ram", "gpu"] = field(
+        "none", "free", "where a rank keeps its share of the stored records; needs assignment: owner")
+    cache_dir: str | None = field(
+        None, "free", "disk, ram: folder on the node; null: $SLURM_TMPDIR, $TMPDIR or /tmp for disk, /dev/shm for ram")
+    cache_gb: float | None = field(
+        None, "free", "disk, ram: most gigabytes (1e9 bytes) a node may use; null: all but a tenth of what is free; "
+        "gpu: per rank", gt=0.0)
     on_error: Literal["fail"] = field("fail", "order", "a damaged image ends the run, named")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = field(
         "auto", "free", "decode threads of a rank; auto: the cores it really has")
@@ -83,7 +90,8 @@ class AugmentSection(Section):
     size: int = field(224, "order", "pixels a side that the net sees", ge=16, le=1024)
     scale: tuple[float, float] = field((0.08, 1.0), "order", "random_resized: area of the crop, share")
     ratio: tuple[float, float] = field((0.75, 4 / 3), "order", "random_resized: width / height")
-    resize: Literal["antialias"] = field("antialias", "order", "interpolation: antialiased bilinear")
+    resize: Literal["antialias", "fast"] = field(
+        "antialias", "order", "antialias: bilinear as the reference recipes; fast: without antialiasing")
     flip: Probability = field(0.5, "order", "probability of a mirrored image")
     rotation: float = field(0.0, "order", "largest angle, degrees, drawn uniformly both ways", ge=0.0, le=180.0)
     color_jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0.0, le=0.5)]] = field(

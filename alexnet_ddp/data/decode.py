@@ -28,8 +28,6 @@ U8 = NDArray[np.uint8]
 warnings.filterwarnings("ignore", module=r"PIL\.(TiffImagePlugin|Image|JpegImagePlugin)")
 
 MOST_PIXELS = 89_478_485  # Pillow's bound: 256 MB of RGB; beyond it a header is damaged or made to harm
-SHORT_SIDE = 256  # pixels, of the stored stages short256 and raw256
-STORED_QUALITY = 90  # JPEG quality of short256
 
 
 class DamagedImage(Exception):
@@ -123,7 +121,7 @@ class PillowDecoder:
     version = PIL.__version__
 
     def __call__(self, data: bytes, choose: ChooseView, out: U8) -> View:
-        image = _open(data, channels=out.shape[-1])
+        image = open_upright(data, channels=out.shape[-1])
         view = choose(*image.size)
         _cut(image, view, (view.left, view.top, view.left + view.width, view.top + view.height), out)
         return view
@@ -201,7 +199,7 @@ def _check_size(width: int, height: int) -> None:
         raise DamagedImage(f"{width} x {height} pixels are more than the {MOST_PIXELS:,} of a photograph")
 
 
-def _open(data: bytes, *, channels: int) -> Image.Image:
+def open_upright(data: bytes, *, channels: int) -> Image.Image:
     """The decoded, upright image with 1 (grey) or 3 (RGB) channels. Raises DamagedImage."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
@@ -241,25 +239,3 @@ def create_decoder(name: str) -> Decoder:
     if name == "pillow":
         return PillowDecoder()
     raise UserError(f"data.decoder must be auto, simplejpeg or pillow, got '{name}'.")
-
-
-# --- stored stages ----------------------------------------------------------------------------------------------
-
-
-def to_stage(data: bytes, stage: str) -> bytes:
-    """Original bytes -> what the declared deterministic stage holds (JPEG bytes; for raw256 lossless PNG bytes).
-
-    short256: short side 256, antialiased, JPEG quality 90 with 4:2:0 colours. raw256: the central 256 x 256 pixels
-    of short side 256. Raises DamagedImage.
-    """
-    if stage == "original":
-        return data
-    image = _open(data, channels=3)
-    if min(image.size) != SHORT_SIDE:
-        image = image.resize(short_side(*image.size, short=SHORT_SIDE), Image.Resampling.BILINEAR)
-    if stage == "short256":
-        return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=STORED_QUALITY, colorsubsampling="420")
-    left, top = (image.width - SHORT_SIDE) // 2, (image.height - SHORT_SIDE) // 2
-    raw = io.BytesIO()
-    image.crop((left, top, left + SHORT_SIDE, top + SHORT_SIDE)).save(raw, "PNG", compress_level=0)
-    return raw.getvalue()

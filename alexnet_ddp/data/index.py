@@ -59,6 +59,7 @@ class Index:
         cache: str = "not kept",
     ) -> None:
         self.table, self.source, self.stamps = table, source, tuple(stamps)
+        self.stage = "original"  # what is stored; a pack holds another stage
         self.notes = list(notes)  # worth telling, nothing to refuse
         self.cache = cache  # where the table is kept, or why not
         self.classes: list[str] = [text(name) for name in table.classes]
@@ -97,6 +98,14 @@ class Index:
             with open(os.path.join(self._root, self.table.path(sample)), "rb") as file:
                 return file.read()
         return self._tars.read(int(self.table.containers[sample]), offset, int(self.table.sizes[sample]))
+
+    def read_into(self, sample: int, out: npt.NDArray[np.uint8], start: int = 0) -> None:
+        """Bytes `start` and after of a sample's record into `out` (C-contiguous), as many as it holds.
+
+        OSError if there are fewer.
+        """
+        flat = out.reshape(-1)
+        flat[...] = np.frombuffer(self.read(sample), np.uint8)[start:start + flat.size]
 
     def close(self) -> None:
         """Closes the descriptors that are kept; no read may be under way."""

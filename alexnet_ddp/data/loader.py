@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexnet_ddp.data.decode import ChooseView, DamagedImage, Decoder, to_stage
+from alexnet_ddp.data.decode import ChooseView, DamagedImage, Decoder
 from alexnet_ddp.data.index import Index
 from alexnet_ddp.data.randomness import Draws
+from alexnet_ddp.data.records import StoredRecords
 from alexnet_ddp.errors import Unreadable, UserError
 
 CHUNK = 16  # images a task: makes the pool's dispatch cost (25 us) vanish beside the decoding
@@ -128,7 +129,7 @@ class Loader:
 
     def __init__(self, index: Index, decoder: Decoder, *, rows: int, size: int, channels: int, threads: int,
                  prefetch: int, stored: str = "original", pin: bool = False) -> None:
-        self._index, self._decoder, self._stored = index, decoder, stored
+        self._index, self._decoder, self._records = index, decoder, StoredRecords(index, stored)
         self._pool_of_threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._slots = SlotPool(prefetch + 1, rows=rows, size=size, channels=channels, pin=pin)
         self._ready: queue.Queue[tuple[Batch, list[Future[None]]] | BaseException | None] = queue.Queue(prefetch)
@@ -191,7 +192,7 @@ class Loader:
                 continue
             sample = int(batch.work.samples[row])
             try:
-                data = to_stage(self._index.read(sample), self._stored)
+                data = self._records.read(sample)
                 view = self._decoder(data, batch.work.choose(row), pixels[row])
             except DamagedImage as error:
                 raise UserError(f"Damaged image: {self._index.where(sample)} (sample {sample}): {error}.\n"

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 from alexnet_ddp.data import decode
-from alexnet_ddp.data.decode import ChooseView, DamagedImage, View, create_decoder, to_stage
+from alexnet_ddp.data.decode import ChooseView, DamagedImage, View, create_decoder
 from alexnet_ddp.data.randomness import CROP_DRAWS, key, uniform
 from alexnet_ddp.errors import UserError
 
@@ -304,37 +304,3 @@ def test_decoder_by_name() -> None:
     assert "pillow" in create_decoder("simplejpeg").version
     with pytest.raises(UserError, match=r"data\.decoder must be"):
         create_decoder("nvjpeg")
-
-
-# --- stored stages ----------------------------------------------------------------------------------------------
-
-
-def test_stages() -> None:
-    """short256 is a JPEG of short side 256, raw256 lossless central 256 x 256 pixels, original the bytes themselves."""
-    image = photograph(400, 300)
-    data = encoded(image, exif=exif(6).tobytes())
-    assert to_stage(data, "original") is data
-    short = Image.open(io.BytesIO(to_stage(data, "short256")))
-    raw = Image.open(io.BytesIO(to_stage(data, "raw256")))
-    assert (short.format, short.size, short.getexif().get(0x0112, 1)) == ("JPEG", (256, 341), 1)
-    assert (raw.format, raw.size) == ("PNG", (256, 256))
-    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).resize((256, 341), Image.Resampling.BILINEAR)
-    assert np.abs(np.asarray(short).astype(int) - np.asarray(upright)).mean() < 5.0  # JPEG's own loss
-    assert np.array_equal(np.asarray(raw), np.asarray(upright.crop((0, 42, 256, 298))))
-    for stage in ("short256", "raw256"):
-        assert to_stage(data, stage) == to_stage(data, stage)
-        assert to_stage(encoded(photograph(256, 256), "PNG"), stage)
-        with pytest.raises(DamagedImage):
-            to_stage(data[:900], stage)
-
-
-def test_stages_of_small_and_grey_images() -> None:
-    """Smaller images are enlarged to the stage's size, and a staged grey image still is grey."""
-    data = encoded(photograph(100, 50).convert("L"))
-    for stage, size in (("short256", (512, 256)), ("raw256", (256, 256))):
-        image = Image.open(io.BytesIO(to_stage(data, stage)))
-        assert image.size == size
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-        assert np.ptp(pixels, axis=-1).max() <= 2
-    out = decoded(DECODERS[1], to_stage(data, "short256"), central, channels=1)
-    assert out.shape == (SIZE, SIZE, 1)
