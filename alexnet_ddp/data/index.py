@@ -11,8 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import threading
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +19,11 @@ import numpy.typing as npt
 
 from alexnet_ddp.data import index_cache
 from alexnet_ddp.data.archives import scan_tars
+from alexnet_ddp.data.descriptors import Tars, preadv
 from alexnet_ddp.data.folders import scan_folder
 from alexnet_ddp.data.sources import Source, Stamp, find_source, listed
 from alexnet_ddp.data.table import IN_A_FILE, Table, text
 from alexnet_ddp.errors import UserError
-
-KEPT_OPEN = 256  # tars whose descriptors are kept; those beyond are opened for each read (limits start at 1024)
 
 
 def open_index(locator: str, *, cache_dir: Path | None = None) -> "Index":
@@ -69,7 +66,7 @@ class Index:
         facts = [source.kind, source.paths, source.inside, self.stamps]
         self.storage = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self._root = os.fsencode(source.paths[0])
-        self._tars = _Tars(source.paths, self.stamps)
+        self._tars = Tars(source.paths, self.stamps)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -102,81 +99,25 @@ class Index:
     def read_into(self, sample: int, out: npt.NDArray[np.uint8], start: int = 0) -> None:
         """Bytes `start` and after of a sample's record into `out` (C-contiguous), as many as it holds.
 
-        OSError if there are fewer.
+        Straight from the file, no copy in between. OSError if there are fewer; UserError as for `read`.
         """
-        flat = out.reshape(-1)
-        flat[...] = np.frombuffer(self.read(sample), np.uint8)[start:start + flat.size]
+        view = memoryview(out).cast("B")
+        offset, stored = int(self.table.offsets[sample]), int(self.table.sizes[sample])
+        if offset == IN_A_FILE:
+            path = os.path.join(self._root, self.table.path(sample))
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                preadv(descriptor, view, start, os.fsdecode(path))
+            finally:
+                os.close(descriptor)
+        elif start + len(view) > stored:
+            raise OSError(errno.EIO, f"only {stored - start} of {len(view)} bytes are there", self.where(sample))
+        else:
+            self._tars.read_into(int(self.table.containers[sample]), offset + start, view)
 
     def close(self) -> None:
         """Closes the descriptors that are kept; no read may be under way."""
         self._tars.close()
-
-
-class _Tars:
-    """Descriptors of tars, opened when first read; a forked child opens its own."""
-
-    _living: "weakref.WeakSet[_Tars]" = weakref.WeakSet()
-
-    def __init__(self, paths: Sequence[str], stamps: Sequence[Stamp]) -> None:
-        self._paths, self._stamps = paths, stamps
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
-        _Tars._living.add(self)
-
-    def read(self, number: int, offset: int, size: int) -> bytes:
-        if number < KEPT_OPEN:
-            return self._pread(self._kept(number), number, offset, size)
-        descriptor = self._open(number)
-        try:
-            return self._pread(descriptor, number, offset, size)
-        finally:
-            os.close(descriptor)
-
-    def close(self) -> None:
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
-    def _kept(self, number: int) -> int:
-        descriptor = self._descriptors.get(number)
-        if descriptor is None:
-            with self._lock:
-                descriptor = self._descriptors.get(number)
-                if descriptor is None:
-                    descriptor = self._descriptors[number] = self._open(number)
-        return descriptor
-
-    def _open(self, number: int) -> int:
-        path, stamp = self._paths[number], self._stamps[number]
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        status = os.fstat(descriptor)
-        if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
-            os.close(descriptor)
-            raise UserError(
-                f"{path}: was changed after its index was made, so its images can't be found any more.\n"
-                f"Start again, and leave the file alone while a run reads it."
-            )
-        return descriptor
-
-    def _pread(self, descriptor: int, number: int, offset: int, size: int) -> bytes:
-        data = os.pread(descriptor, size, offset)
-        while len(data) < size:  # some network file systems give less than asked for
-            piece = os.pread(descriptor, size - len(data), offset + len(data))
-            if not piece:
-                raise OSError(errno.EIO, f"only {len(data)} of {size} bytes are there", self._paths[number])
-            data += piece
-        return data
-
-    @classmethod
-    def _after_fork(cls) -> None:
-        """In the child: another thread may have held the lock, and descriptors belong to who opened them."""
-        for tars in cls._living:
-            tars._lock = threading.Lock()
-            tars.close()
-
-
-os.register_at_fork(after_in_child=_Tars._after_fork)
 
 
 def check_pair(train: Index, val: Index) -> None:

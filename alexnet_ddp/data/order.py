@@ -11,6 +11,7 @@ Ciphers with Arbitrary Finite Domains, CT-RSA 2002, sections 4 and 5).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,32 +23,89 @@ from alexnet_ddp.errors import UserError
 I64 = NDArray[np.int64]
 
 _ROUNDS = 8  # four make a strong pseudo-random permutation of a large domain; small domains like some more
+_CHUNK = 1 << 14  # indices at a time: the few arrays of 128 KiB stay in a core's cache
 
 
 def permute(index: ArrayLike, size: ArrayLike, keys: ArrayLike) -> I64:
     """Where the permutation of `range(size)` under `keys` sends each index (arguments broadcast, int64 out)."""
-    index, size, keys = np.broadcast_arrays(np.asarray(index, dtype=np.uint64), np.asarray(size, dtype=np.uint64),
-                                            np.asarray(keys, dtype=np.uint64))
+    return _in_chunks(_feistel, index, size, keys)
+
+
+def unpermute(image: ArrayLike, size: ArrayLike, keys: ArrayLike) -> I64:
+    """Which index `permute` sends to each image (arguments broadcast, int64 out)."""
+    return _in_chunks(_unfeistel, image, size, keys)
+
+
+def permutation(size: int, keys: ArrayLike) -> I64:
+    """The whole permutation of `range(size)` under a key: int64 [size], and no other array of that length."""
+    result = np.empty(size, dtype=np.int64)
+    for start in range(0, size, _CHUNK):
+        stop = min(start + _CHUNK, size)
+        result[start:stop] = permute(np.arange(start, stop), size, keys)
+    return result
+
+
+Network = Callable[[U64, U64, U64, U64], U64]
+
+
+def _in_chunks(network: Network, index: ArrayLike, size: ArrayLike, keys: ArrayLike) -> I64:
+    index, size, keys = np.asarray(index), np.asarray(size), np.asarray(keys)
+    result = np.empty(np.broadcast_shapes(index.shape, size.shape, keys.shape), dtype=np.int64)
+    flat, index = result.reshape(-1), np.broadcast_to(index, result.shape).reshape(-1)
+    # Sizes and keys that are the same for all stay single numbers: dividing by one number is quick.
+    rest = [each.reshape(()) if each.size == 1 else np.broadcast_to(each, result.shape).reshape(-1)
+            for each in (size, keys)]
+    for start in range(0, flat.size, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        flat[part] = _walk(network, *(each[part].astype(np.uint64) if each.ndim else each.astype(np.uint64)
+                                      for each in (index, *rest)))
+    return result
+
+
+def _walk(network: Network, x: U64, size: U64, keys: U64) -> U64:
+    """The network on the smallest grid for `size`, again and again for what lands outside `range(size)`."""
     rows = np.maximum(np.ceil(np.sqrt(size.astype(np.float64))), 1).astype(np.uint64)
     columns = np.maximum((size + rows - np.uint64(1)) // rows, np.uint64(1))
-    result = np.asarray(_feistel(index, rows, columns, keys))
-    outside = result >= size
-    while outside.any():  # under 2 sqrt(n) of the grid's points lie outside, so this ends soon
-        result[outside] = _feistel(result[outside], rows[outside], columns[outside], keys[outside])
-        outside = result >= size
-    return result.astype(np.int64)
+    result = network(x, rows, columns, keys)
+    outside = np.flatnonzero(result >= size)
+    while outside.size:  # under 2 sqrt(n) of the grid's points lie outside, so this ends soon
+        again = network(result[outside], *(each[outside] if each.ndim else each for each in (rows, columns, keys)))
+        result[outside] = again
+        outside = outside[again >= (size[outside] if size.ndim else size)]
+    return result
 
 
 def _feistel(x: U64, rows: U64, columns: U64, keys: U64) -> U64:
-    left, right = x % rows, x // rows  # left in range(rows), right in range(columns)
+    right, left = _divided(x, rows)  # left in range(rows), right in range(columns)
     with np.errstate(over="ignore"):
         for turn in range(_ROUNDS):
-            salted = keys + np.uint64(0x9E3779B97F4A7C15) * np.uint64(turn + 1)
             if turn % 2 == 0:
-                left = (left + (mix(right ^ salted) >> np.uint64(16))) % rows
+                left = _divided(left + _round(right, keys, turn), rows)[1]
             else:
-                right = (right + (mix(left ^ salted) >> np.uint64(16))) % columns
+                right = _divided(right + _round(left, keys, turn), columns)[1]
     return left + rows * right
+
+
+def _unfeistel(x: U64, rows: U64, columns: U64, keys: U64) -> U64:
+    """The inverse of _feistel: its rounds backwards, subtracted."""
+    right, left = _divided(x, rows)
+    with np.errstate(over="ignore"):
+        for turn in reversed(range(_ROUNDS)):
+            if turn % 2 == 0:
+                left = _divided(left + rows - _divided(_round(right, keys, turn), rows)[1], rows)[1]
+            else:
+                right = _divided(right + columns - _divided(_round(left, keys, turn), columns)[1], columns)[1]
+    return left + rows * right
+
+
+def _round(half: U64, keys: U64, turn: int) -> U64:
+    return mix(half ^ (keys + np.uint64(0x9E3779B97F4A7C15) * np.uint64(turn + 1))) >> np.uint64(16)
+
+
+def _divided(x: U64, by: U64) -> tuple[U64, U64]:
+    """Quotient and remainder; NumPy has SIMD for dividing by one number, but none for a remainder."""
+    quotient = x // by
+    return quotient, x - quotient * by
 
 
 @dataclass(frozen=True)
@@ -93,7 +151,19 @@ class Order:
     def samples_at(self, epoch: int, positions: ArrayLike) -> I64:
         """Sample ids at positions of an epoch: int64 [n]. Over all positions each id occurs exactly once."""
         shard, place = self.shard_of(epoch, positions)
-        return permute(place * self.shards + shard, self.samples, key(int(self.identity[:16], 16), "deal"))
+        return permute(place * self.shards + shard, self.samples, self._deal)
+
+    def home(self, samples: ArrayLike) -> tuple[I64, I64]:
+        """The virtual shard that each sample id lies in, and its place there: the same in every epoch (int64 each).
+
+        The inverse of the deal: over all samples each (shard, place) occurs once, places of a shard without holes.
+        """
+        place, shard = np.divmod(unpermute(samples, self.samples, self._deal), self.shards)
+        return shard, place
+
+    @property
+    def _deal(self) -> U64:
+        return key(int(self.identity[:16], 16), "deal")
 
     def batch(self, step: int) -> I64:
         """Sample ids of the whole global batch of a step, in order: int64 [count]."""

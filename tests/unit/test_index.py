@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alexnet_ddp.data import descriptors
 from alexnet_ddp.data import index as index_module
 from alexnet_ddp.data.index import Index, check_pair, open_index, summary
 from alexnet_ddp.data.sources import Source, Stamp
@@ -167,7 +168,7 @@ def test_where_names_file_or_member(copies: dict[str, str], cache: Path) -> None
 
 def test_reads_from_eight_threads(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight threads that read all samples at once get each sample's bytes, descriptors kept or not."""
-    monkeypatch.setattr(index_module, "KEPT_OPEN", 2)
+    monkeypatch.setattr(descriptors, "KEPT_OPEN", 2)
     expected = []
     for shard in range(4):
         members = {f"c/{shard}-{n:03d}.jpg": bytes([shard, n % 251]) * (100 + n) for n in range(150)}
@@ -177,10 +178,53 @@ def test_reads_from_eight_threads(tmp_path: Path, cache: Path, monkeypatch: pyte
 
     def read_all(start: int) -> bool:
         order = [(start * 71 + step) % len(index) for step in range(len(index))]
-        return all(index.read(sample) == expected[sample] for sample in order)
+        for sample in order:
+            part = np.empty(len(expected[sample]) - 7, dtype=np.uint8)
+            index.read_into(sample, part, 7)
+            if index.read(sample) != expected[sample] or part.tobytes() != expected[sample][7:]:
+                return False
+        return True
 
     with index, ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read_all, range(8)))
+
+
+def test_read_into_fills_memory_and_nothing_else(copies: dict[str, str], cache: Path) -> None:
+    """Any part of a record lands in a slot of a batch, its neighbours stay; more than there is is an OSError."""
+    for kind in ("folder", "tar", "WebDataset"):
+        with open_index(copies[kind], cache_dir=cache) as index:
+            record = np.frombuffer(index.read(7), np.uint8)
+            slots = np.zeros((3, 2, 5), dtype=np.uint8)
+            for start in (0, 1, len(record) - 10):
+                slots[...] = 0
+                index.read_into(7, slots[1], start)
+                assert np.array_equal(slots[1].reshape(-1), record[start : start + 10]), kind
+                assert not slots[0].any() and not slots[2].any()
+            with pytest.raises(OSError, match="only 9 of 10 bytes are there"):
+                index.read_into(7, slots[1], len(record) - 9)
+
+
+def test_many_shards_stay_open(tmp_path: Path) -> None:
+    """600 shards under a soft limit of 128 descriptors are all kept open, the limit is raised no further than needed;
+    under a hard limit what has no room is opened for each read, with the same bytes."""
+    for shard in range(600):
+        make_tar(tmp_path / f"shards/{shard:03d}.tar", {f"c{shard:03d}/1.jpg": b"%03d" % shard})
+    program = (
+        "import os, resource, sys; from alexnet_ddp.data.index import open_index\n"
+        "limit = int(sys.argv[3]); resource.setrlimit(resource.RLIMIT_NOFILE, (128, limit))\n"
+        "index = open_index(sys.argv[1]); fd = lambda: len(os.listdir('/proc/self/fd')); before = fd()\n"
+        "assert all(index.read(n) == b'%03d' % n for n in range(600)) and index.read(3) == b'003'\n"
+        "print(fd() - before, resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1300)"
+    )
+
+    def kept(hard: int) -> str:
+        command = [sys.executable, "-c", program, str(tmp_path / "shards"), "", str(hard)]
+        environment = {**os.environ, "ALEXNET_DDP_CACHE": str(tmp_path / "cache")}
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    assert kept(4096) == "600 True\n"
+    few = int(kept(600).split()[0])
+    assert 0 < few < 100  # 600 less those left for other things, less what is open already
 
 
 def test_a_forked_child_opens_its_own_descriptors(copies: dict[str, str], cache: Path) -> None:

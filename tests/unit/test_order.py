@@ -9,7 +9,7 @@ import pytest
 
 import harness
 from alexnet_ddp.data.index import open_index
-from alexnet_ddp.data.order import Order, Plan, check_owner, permute
+from alexnet_ddp.data.order import Order, Plan, check_owner, permutation, permute, unpermute
 from alexnet_ddp.errors import UserError
 
 IDENTITY = "0123456789abcdef" * 4
@@ -51,6 +51,17 @@ def test_permute_broadcasts() -> None:
     index, size, keys = np.array([0, 3, 4, 9]), np.array([1, 4, 9, 10]), np.array([5, 6, 7, 8])
     found = permute(index, size, keys).tolist()
     assert found == [int(permute(i, s, k)) for i, s, k in zip(index, size, keys, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 10, 64, 65, 1000, 4093, 40_000])
+def test_unpermute_is_the_inverse(size: int) -> None:
+    """What permute sends somewhere comes back, one size or many; `permutation` is all of it at once."""
+    for key in (0, 1, 2**64 - 1):
+        found = permutation(size, key)
+        assert found.tolist() == permute(np.arange(size), size, key).tolist()
+        assert unpermute(found, size, key).tolist() == list(range(size))
+    index, sizes, keys = np.arange(size) % 7, np.arange(size) % 5 + 7, np.arange(size)
+    assert unpermute(permute(index, sizes, keys), sizes, keys).tolist() == index.tolist()
 
 
 def test_golden_order() -> None:
@@ -127,6 +138,18 @@ def test_shards_hold_the_same_samples_for_ever() -> None:
     assert members(order(1003, 32, 7), 5) == first
     assert members(order(1003, 100, 7, seed=9), 2) == first
     assert members(order(1003, 32, 7, identity="f" * 64), 0) != first
+
+
+@pytest.mark.parametrize(("samples", "global_batch", "shards"), SIZES)
+def test_home_is_where_a_sample_is_drawn_from(samples: int, global_batch: int, shards: int) -> None:
+    """Any sample's shard and place are those that every epoch draws it from; a shard's places have no holes."""
+    plan = order(samples, global_batch, shards)
+    shard, place = plan.home(np.arange(samples))
+    for epoch in (0, 3):
+        ids = plan.samples_at(epoch, np.arange(samples))
+        assert np.array_equal((shard[ids], place[ids]), plan.shard_of(epoch, np.arange(samples)))
+    for number in range(shards):
+        assert sorted(place[shard == number]) == list(range((shard == number).sum()))
 
 
 @pytest.mark.parametrize("assignment", ["contiguous", "owner"])
