@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from alexnet_ddp import __version__
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
@@ -21,6 +20,11 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   doctor slurm                        what this cluster's settings mean for a run
   models                              the nets there are;  models show NAME: layers, sizes, parameters, MACs
   data index WHERE                    what lies in a folder, tar or shards
+  data pack SRC DST                   the same images smaller or as bare pixels, in checksummed tars
+  data verify WHERE                   a pack's checksums; --decode: every image in full
+  data stats WHERE                    sizes, class balance, mean, deviation and PCA of the colours
+  data show CONFIG --out FILE.png     a contact sheet of what the net really sees
+  data doctor                         what this machine's storage and cores can feed
   data download cifar10 DST           fetch CIFAR-10 and lay it out as folders of images
   demo                                train on two ranks on data made on the spot, stop, go on, prove it exact
 
@@ -61,25 +65,9 @@ def models(words: list[str]) -> int:
 
 
 def data(words: list[str]) -> int:
-    parser = Parser(prog="alexnet-ddp data", description="index WHERE: what lies there; download cifar10 DST.")
-    parser.add_argument("action", choices=["index", "download"])
-    parser.add_argument("what", metavar="WHERE|cifar10")
-    parser.add_argument("destination", metavar="DST", nargs="?", default="data/cifar10")
-    options = parser.parse_args(words)
-    if options.action == "index":
-        from alexnet_ddp.data.index import open_index, summary
+    from alexnet_ddp.data.commands import main as command
 
-        with open_index(options.what) as index:
-            print(summary(index))
-        return EXIT_FINISHED
-
-    from alexnet_ddp.data.download import download_cifar10
-
-    if options.what != "cifar10":
-        raise UserError(f"data download knows cifar10, got '{options.what}'. ImageNet is had from image-net.org, with "
-                        "an account.")
-    print(f"CIFAR-10 lies in {download_cifar10(Path(options.destination))}")
-    return EXIT_FINISHED
+    return command(words)
 
 
 def demo(words: list[str]) -> int:
