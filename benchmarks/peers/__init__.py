@@ -1,0 +1,1 @@
+"""Peers of the input benchmark, each as its documentation recommends; benchmarks.trial says what a peer offers."""
