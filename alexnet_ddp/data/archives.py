@@ -1,186 +1,150 @@
 """Tars read in place: headers are walked once, images are found again by offset.
 
-Python's tarfile decodes the headers (pax and GNU long names included). What it passes over in silence is
-checked here: a damaged header in the middle, a missing end, a second archive behind the first.
+A tar within a tar, as in ImageNet's own training archive, is walked where it lies; its stem is the class of its
+images, and offsets are those in the outer file.
 """
+
+from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-import numpy as np
-
-from alexnet_ddp.data.layout import find_layout, no_images, note_others
-from alexnet_ddp.data.shards import LABEL_SUFFIXES, LabelFile, find_keyed
-from alexnet_ddp.data.sources import Source, Stamp, listed, stamp_of
-from alexnet_ddp.data.table import (
-    LARGEST_IMAGE,
-    Listing,
-    Table,
-    below,
-    build_table,
-    is_clutter,
-    is_image,
-    parent_of,
-    suffix_of,
-    text,
-)
+from alexnet_ddp.data.headers import members
+from alexnet_ddp.data.journal import Journal
+from alexnet_ddp.data.packed import NPY_HEADER, RawHeaders
+from alexnet_ddp.data.parts import Part, together
+from alexnet_ddp.data.scan import Scan, finish
+from alexnet_ddp.data.shards import LABEL_SUFFIXES, LabelFile, read_labels
+from alexnet_ddp.data.sources import Source, Stamp, stamp_of
+from alexnet_ddp.data.table import LARGEST_IMAGE, below, is_clutter, is_image, parent_of, suffix_of, text
 from alexnet_ddp.errors import UserError
+from alexnet_ddp.progress import Progress
 
-BLOCK = tarfile.BLOCKSIZE  # bytes
-_PIECE = 1 << 20  # bytes read at once behind the end mark
-
-
-@dataclass
-class Archive:
-    """What one tar adds besides images to index."""
-
-    path: str
-    number: int
-    label_files: dict[bytes, LabelFile] = field(default_factory=dict)  # by path, extension in lower case
-    empty_images: list[bytes] = field(default_factory=list)
-    elsewhere: set[bytes] = field(default_factory=set)  # directories of images not below source.inside
+_MEGABYTE = 10**6
 
 
-def scan_tars(source: Source) -> tuple[Table, list[Stamp], list[str]]:
-    """The samples of all the tars, the tars' stamps, and notes."""
-    listing, stamps, archives = Listing(), [], []
-    inside = None if source.inside is None else source.inside.encode("utf-8", "surrogateescape")
-    for number, path in enumerate(source.paths):
-        stamps.append(stamp_of(path))
-        archive = Archive(path, number)
-        for member in _members(path):
-            _sort_in(member, listing, archive, inside)
-        archives.append(archive)
-    _refuse_empty_images(archives)
-    if not len(listing):
-        raise _not_inside(listing, archives, source) if inside else no_images(listing, source)
-
-    keyed = find_keyed(listing, [archive.label_files for archive in archives], source)
-    if keyed is not None:
-        table = build_table(
-            listing,
-            classes=keyed.classes,
-            labels=keyed.labels,
-            prefixes=keyed.prefixes,
-            base=keyed.base,
-            class_in_path=keyed.class_in_path,
-            containers=source.paths,
-        )
-        return table, stamps, note_others(listing)
-
-    for archive in archives:
-        listing.others.update(text(suffix_of(path).lower()) for path in archive.label_files)
-    layout = find_layout(listing, source)
-    labels = np.array(layout.class_of, dtype=np.int32)[np.frombuffer(listing.directory, dtype=np.int32)]
-    table = build_table(
-        listing,
-        classes=layout.classes,
-        labels=labels,
-        prefixes=layout.prefixes,
-        base=layout.base,
-        class_in_path=True,
-        containers=source.paths,
-    )
-    return table, stamps, layout.notes + note_others(listing)
+def scan_tars(source: Source, journal: Journal) -> Scan:
+    """The samples of all the tars, the tars' stamps, and notes. Goes on with what the journal holds."""
+    stamps = [_stamp(path) for path in source.paths]
+    parts: list[Part] = []
+    with Progress(sum(stamp.size for stamp in stamps) // _MEGABYTE, what=f"Indexing {source}", unit="MB") as progress:
+        meter = _Meter(progress)
+        for number, stamp in enumerate(stamps):
+            part = journal.find(str(number))
+            parts += [part] if part is not None else _Tar(source, number, stamp, journal, meter).parts()
+            meter.finished(stamp.size)
+    return finish(together(parts), stamps, source)
 
 
-def _members(path: str) -> Iterator[tarfile.TarInfo]:
-    """The members' headers in the order of the tar. UserError where the tar is cut short or damaged."""
-    offset = 0
+def _stamp(path: str) -> Stamp:
     try:
-        size = os.path.getsize(path)
-        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-                offset = tar.offset  # of the next header
-                if member.isreg() and member.offset_data + member.size > size:
-                    raise _cut_short(
-                        path,
-                        size,
-                        f"inside {member.name}, which begins at offset {member.offset_data} "
-                        f"and has {member.size} bytes",
-                    )
-                yield member
-            _check_end(path, tar.offset, size)
-    except UserError:
-        raise
-    except (tarfile.TarError, ValueError) as error:
-        if offset > size:
-            raise _cut_short(path, size, f"and the next header should be at offset {offset}") from None
-        raise UserError(
-            f"{path}: not a tar archive, or damaged at offset {offset}: {error}.\nFetch or make it again."
-        ) from None
+        return stamp_of(path)
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}.") from None
+        raise UserError(f"{path}: can't be read: {error.strerror}.") from None
 
 
-def _check_end(path: str, offset: int, size: int) -> None:
-    """tarfile stops without a word at the first header it can't read: only two blocks of zeros are an end."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        piece = file.read(BLOCK)
-        if len(piece) < BLOCK:
-            raise _cut_short(path, size, "before the two blocks of zeros that end a tar")
-        if any(piece):
-            raise UserError(
-                f"{path}: the header at offset {offset} is damaged; what follows it can't be found.\n"
-                f"Fetch or make the archive again."
-            )
-        while piece := file.read(_PIECE):
-            if any(piece):
+class _Meter:
+    """Progress in whole megabytes from positions in bytes."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._before, self._told = progress, 0, 0
+
+    def at(self, offset: int) -> None:
+        """So many bytes of the tar under way are done."""
+        now = (self._before + offset) // _MEGABYTE
+        if now > self._told:
+            self._progress.update(now - self._told)
+            self._told = now
+
+    def finished(self, size: int) -> None:
+        self.at(size)
+        self._before += size
+
+
+class _Tar:
+    """One tar under way."""
+
+    def __init__(self, source: Source, number: int, stamp: Stamp, journal: Journal, meter: _Meter) -> None:
+        self._path, self._number, self._stamp, self._journal, self._meter = stamp.path, number, stamp, journal, meter
+        self._inside = (source.inside or "").encode("utf-8", "surrogateescape")
+        side = source.pack.side if source.pack is not None else None
+        self._raw = RawHeaders(side) if side is not None else None
+
+    def parts(self) -> list[Part]:
+        """What lies in it directly, then each inner tar; every one is in the journal as soon as it is finished."""
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"{self._path}: can't be read: {error.strerror}.") from None
+        try:
+            inner: list[Part] = []
+            outer = self._part(descriptor, 0, self._stamp.size, self._path, b"", inner)
+        finally:
+            os.close(descriptor)
+        if not inner:  # else it is told again from a few headers
+            self._journal.add(str(self._number), outer)
+        return [outer, *inner]
+
+    def _part(self, descriptor: int, start: int, size: int, where: str, prefix: bytes,
+              inner: list[Part] | None) -> Part:
+        """The tar at bytes `start` to `start + size`; `prefix` is the directory that its members count as lying in."""
+        part, labels = Part(stamps=[self._stamp]), dict[bytes, LabelFile]()
+        for member, offset, peek in members(descriptor, start, size, where):
+            self._meter.at(offset)
+            path = prefix + _path(member)
+            if not path or path.endswith(b"/"):
+                continue
+            if inner is not None and member.isreg() and suffix_of(path).lower() == b".tar" and not self._raw:
+                if self._inside and below(path[:-4], self._inside) is None:
+                    part.elsewhere.add(path[:-4])
+                else:
+                    inner.append(self._inner(descriptor, offset, member.size, path))
+            else:
+                self._sort_in(member, offset, path, where, part, labels, peek)
+        part.values, part.known = read_labels(part.listing, labels, descriptor, where)
+        return part
+
+    def _inner(self, descriptor: int, offset: int, size: int, path: bytes) -> Part:
+        key = f"{self._number} {offset}"
+        part = self._journal.find(key)
+        if part is None:
+            part = self._part(descriptor, offset, size, f"{self._path}: {text(path)}", path[:-4] + b"/", None)
+            part.inner.add(path[:-4])
+            self._journal.add(key, part)
+        return part
+
+    def _sort_in(self, member: tarfile.TarInfo, offset: int, path: bytes, where: str, part: Part,
+                 labels: dict[bytes, LabelFile], peek: bytes) -> None:
+        """Puts one member where it belongs."""
+        name, listing = path.rpartition(b"/")[2], part.listing
+        sample = is_image(name) if self._raw is None else name.endswith(b".npy")
+        if member.isdir():
+            listing.bare_directories.add(path)
+        elif self._inside and below(path, self._inside) is None:
+            if sample:
+                part.elsewhere.add(parent_of(path))
+        elif sample:
+            if not member.isreg() or member.issparse() or member.size > LARGEST_IMAGE:
                 raise UserError(
-                    f"{path}: more data follows the end mark at offset {offset} (tars joined by cat?).\n"
-                    f"Keep them as several shards, or join them with `tar --concatenate`."
+                    f"{where}: {text(path)} is stored as a link or a sparse file, not as bytes.\n"
+                    f"Make the tar again with --dereference --hard-dereference, without --sparse."
                 )
-
-
-def _cut_short(path: str, size: int, place: str) -> UserError:
-    return UserError(f"{path}: is cut short: it ends at offset {size}, {place}.\nFetch or make it again.")
-
-
-def _sort_in(member: tarfile.TarInfo, listing: Listing, archive: Archive, inside: bytes | None) -> None:
-    """Puts one member where it belongs."""
-    parts = [part for part in member.name.encode("utf-8", "surrogateescape").split(b"/") if part not in (b"", b".")]
-    if not parts or any(is_clutter(part) for part in parts):
-        return
-    path, name = b"/".join(parts), parts[-1]
-    if member.isdir():
-        listing.bare_directories.add(path)
-    elif inside and below(path, inside) is None:
-        if is_image(name):
-            archive.elsewhere.add(parent_of(path))
-    elif is_image(name):
-        if not member.isreg() or member.issparse() or member.size > LARGEST_IMAGE:
-            raise UserError(
-                f"{archive.path}: {text(path)} is stored as a link or a sparse file, not as bytes.\n"
-                f"Make the tar again with --dereference --hard-dereference, without --sparse."
-            )
-        if member.size == 0:
-            archive.empty_images.append(path)
+            if member.size == 0:
+                part.empty_images.append(f"{where}: {text(path)}")
+            elif self._raw is None:
+                listing.add(path, container=self._number, offset=offset, size=member.size)
+            elif problem := self._raw.problem(peek[:NPY_HEADER], member.size):
+                raise UserError(f"{where}: {text(path)} at offset {offset} {problem}. Pack again.")
+            else:
+                listing.add(path, container=self._number, offset=offset + NPY_HEADER, size=self._raw.record)
+        elif member.isreg() and (suffix := suffix_of(name).lower()) in LABEL_SUFFIXES:
+            labels[path[: -len(suffix)] + suffix] = (offset, member.size)
+            part.label_files[text(suffix)] += 1
         else:
-            listing.add(path, container=archive.number, offset=member.offset_data, size=member.size)
-    elif member.isreg() and (suffix := suffix_of(name).lower()) in LABEL_SUFFIXES:
-        archive.label_files[path[: -len(suffix)] + suffix] = (member.offset_data, member.size)
-    else:
-        listing.add_other(name)
+            listing.add_other(name)
 
 
-def _refuse_empty_images(archives: list[Archive]) -> None:
-    empty = [f"{archive.path}: {text(path)}" for archive in archives for path in archive.empty_images]
-    if empty:
-        raise UserError(
-            f"{len(empty)} image files hold no bytes: {listed(empty, most=3)}.\nMake the archive again without them."
-        )
-
-
-def _not_inside(listing: Listing, archives: list[Archive], source: Source) -> UserError:
-    """The path inside holds no image: says which would."""
-    elsewhere = sorted({parent_of(directory) for archive in archives for directory in archive.elsewhere})
-    if not elsewhere or (source.inside or "").encode("utf-8", "surrogateescape") in listing.bare_directories:
-        return no_images(listing, source)
-    return UserError(
-        f"{source}: no image lies below {source.inside} there.\n"
-        f"Give one of: {listed([source.below(directory) for directory in elsewhere])}."
-    )
+def _path(member: tarfile.TarInfo) -> bytes:
+    """A member's path without empty parts and dots; empty for what is passed over."""
+    parts = [part for part in member.name.encode("utf-8", "surrogateescape").split(b"/") if part not in (b"", b".")]
+    return b"" if any(is_clutter(part) for part in parts) else b"/".join(parts)

@@ -21,6 +21,8 @@ from alexnet_ddp.data import index_cache
 from alexnet_ddp.data.archives import scan_tars
 from alexnet_ddp.data.descriptors import Tars, preadv
 from alexnet_ddp.data.folders import scan_folder
+from alexnet_ddp.data.journal import Journal, settle
+from alexnet_ddp.data.scan import Scan
 from alexnet_ddp.data.sources import Source, Stamp, find_source, listed
 from alexnet_ddp.data.table import IN_A_FILE, Table, text
 from alexnet_ddp.errors import UserError
@@ -35,12 +37,26 @@ def open_index(locator: str, *, cache_dir: Path | None = None) -> "Index":
     path = index_cache.cache_path(source, cache_dir or index_cache.default_cache_dir())
     scan = index_cache.load(path, source)
     cache = f"read from {path}"
-    if scan is None:
-        scan = scan_folder(source) if source.kind == "folder" else scan_tars(source)
-        problem = index_cache.store(path, source, scan)
+    if scan is not None:
+        settle(path)
+    else:
+        scan, problem = _scan_and_keep(source, path)
         cache = f"not kept ({problem})" if problem else f"written to {path}"
     table, stamps, notes = scan
     return Index(table, source=source, stamps=stamps, notes=notes, cache=cache)
+
+
+def _scan_and_keep(source: Source, path: Path) -> tuple[Scan, str | None]:
+    """The scan, and why it couldn't be kept in the cache, if so."""
+    journal = Journal(path)
+    try:
+        scan = scan_folder(source, journal) if source.kind == "folder" else scan_tars(source, journal)
+    except BaseException:
+        journal.leave()
+        raise
+    problem = index_cache.store(path, source, scan)
+    journal.remove()
+    return scan, problem
 
 
 class Index:
@@ -56,7 +72,7 @@ class Index:
         cache: str = "not kept",
     ) -> None:
         self.table, self.source, self.stamps = table, source, tuple(stamps)
-        self.stage = "original"  # what is stored; a pack holds another stage
+        self.stage = source.pack.stage if source.pack is not None else "original"  # what is stored
         self.notes = list(notes)  # worth telling, nothing to refuse
         self.cache = cache  # where the table is kept, or why not
         self.classes: list[str] = [text(name) for name in table.classes]
@@ -101,7 +117,8 @@ class Index:
 
         Straight from the file, no copy in between. OSError if there are fewer; UserError as for `read`.
         """
-        view = memoryview(out).cast("B")
+        assert out.flags.c_contiguous  # else reshape would hand out a copy
+        view = out.reshape(-1).data
         offset, stored = int(self.table.offsets[sample]), int(self.table.sizes[sample])
         if offset == IN_A_FILE:
             path = os.path.join(self._root, self.table.path(sample))
@@ -155,6 +172,7 @@ def summary(index: Index) -> str:
         ),
         ("samples", f"{len(index):,}"),
         ("classes", f"{len(index.classes):,} ({listed(index.classes)})"),
+        *([("stage", index.stage)] if index.source.pack is not None else []),
         ("smallest", f"{index.classes[small]}: {counts[small]:,}"),
         ("largest", f"{index.classes[large]}: {counts[large]:,}"),
         (

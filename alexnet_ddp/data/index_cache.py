@@ -9,30 +9,28 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alexnet_ddp.data.sources import Source, Stamp, stamp_of
+from alexnet_ddp.data.journal import unfinished_name
+from alexnet_ddp.data.scan import Scan
+from alexnet_ddp.data.sources import Source, Stamp, is_settled, still_holds
 from alexnet_ddp.data.table import Table
 
-SCHEMA = 1
-SETTLED_NS = 2_000_000_000  # what changed less than this ago may change again within one tick of its clock
+SCHEMA = 2
 
-_KINDS = {
-    "labels": np.int32,
-    "offsets": np.int64,
-    "sizes": np.int32,
-    "containers": np.int32,
-    "suffix_codes": np.uint8,
-    "name_ends": np.int64,
-    "names": np.uint8,
+_KINDS: dict[str, tuple[type, ...]] = {
+    "labels": (np.int32,),
+    "offsets": (np.int64,),
+    "sizes": (np.int32,),
+    "containers": (np.uint8, np.uint16, np.uint32),
+    "suffix_codes": (np.uint8,),
+    "name_ends": (np.uint32, np.int64),
+    "names": (np.uint8,),
 }
-
-Scan = tuple[Table, list[Stamp], list[str]]  # table, stamps, notes
 
 
 def default_cache_dir() -> Path:
@@ -49,7 +47,7 @@ def default_cache_dir() -> Path:
 
 def cache_path(source: Source, cache_dir: Path) -> Path:
     """Where the table of a source is kept."""
-    key = json.dumps([SCHEMA, source.kind, source.paths, source.inside])
+    key = json.dumps([SCHEMA, *_source_facts(source)])
     return cache_dir / "index" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
 
@@ -62,7 +60,7 @@ def load(path: Path, source: Source) -> Scan | None:
                 return None
             stamps = [Stamp(*stamp) for stamp in meta["stamps"]]
             # A new file or directory shows in the time of the directory that holds it.
-            if any(stamp_of(stamp.path) != stamp for stamp in stamps):
+            if not still_holds(stamps):
                 return None
             columns = {name: stored[name] for name in Table.COLUMNS}
         table = Table(
@@ -70,6 +68,7 @@ def load(path: Path, source: Source) -> Scan | None:
             suffixes=_raw(meta["suffixes"]),
             base=_raw([meta["base"]])[0],
             class_in_path=bool(meta["class_in_path"]),
+            class_suffix=_raw([meta["class_suffix"]])[0],
             **columns,
         )
         if not _is_sound(table, stamps) or table.identity() != meta["identity"]:
@@ -93,8 +92,7 @@ def load(path: Path, source: Source) -> Scan | None:
 def store(path: Path, source: Source, scan: Scan) -> str | None:
     """Writes a scan, atomically. Returns why it could not be kept, None if it was: no reason to fail."""
     table, stamps, notes = scan
-    newest = max(stamp.mtime_ns for stamp in stamps)
-    if abs(time.time_ns() - newest) < SETTLED_NS:
+    if not is_settled(stamps):
         return "changed within the last two seconds"
     meta = {
         "schema": SCHEMA,
@@ -105,45 +103,45 @@ def store(path: Path, source: Source, scan: Scan) -> str | None:
         "suffixes": _plain(table.suffixes),
         "base": _plain((table.base,))[0],
         "class_in_path": table.class_in_path,
+        "class_suffix": _plain((table.class_suffix,))[0],
         "identity": table.identity(),
     }
     columns: dict[str, Any] = {name: getattr(table, name) for name in Table.COLUMNS}
     columns["meta"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-    unfinished: str | None = None
+    unfinished = unfinished_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(prefix=".tmp-", suffix=".npz", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with open(unfinished, "xb") as file:
             np.savez(file, **columns)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        if unfinished:
-            with contextlib.suppress(OSError):
-                os.unlink(unfinished)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         return f"{path.parent}: {error.strerror or error}"
     return None
 
 
 def _source_facts(source: Source) -> list:
-    return [source.kind, list(source.paths), source.inside]
+    return [source.kind, list(source.paths), source.inside, source.pack.path if source.pack else None]
 
 
 def _is_sound(table: Table, stamps: list[Stamp]) -> bool:
     """Whether every number in the table is one that reading can rely on."""
     rows = len(table.labels)
-    shapes = all(getattr(table, name).dtype == kind and getattr(table, name).ndim == 1 for name, kind in _KINDS.items())
-    lengths = all(len(getattr(table, name)) == rows for name in Table.COLUMNS if name != "names")
+    columns = {name: getattr(table, name) for name in _KINDS}
+    shapes = all(columns[name].dtype in kinds and columns[name].ndim == 1 for name, kinds in _KINDS.items())
+    lengths = all(len(column) == rows for name, column in columns.items() if name != "names")
     if not (rows and shapes and lengths):
         return False
     return bool(
         table.labels[0] >= 0
         and table.labels[-1] < len(table.classes)
-        and (np.diff(table.labels) >= 0).all()
+        and (table.labels[1:] >= table.labels[:-1]).all()
         and table.name_ends[0] >= 0
         and table.name_ends[-1] == len(table.names)
-        and (np.diff(table.name_ends) >= 0).all()
+        and (table.name_ends[1:] >= table.name_ends[:-1]).all()
         and table.suffix_codes.max() < len(table.suffixes)
         and table.containers.min() >= 0
         and table.containers.max() < len(stamps)

@@ -65,8 +65,10 @@ def refuse_splits(names: Iterable[bytes], source: Source, base: bytes) -> None:
 def no_images(listing: Listing, source: Source) -> UserError:
     found = ", ".join(f"{count} {suffix}" for suffix, count in listing.others.most_common(5)) or "no files at all"
     way_out = "Give a place whose directories are classes that hold images."
-    if listing.others[".tar"]:  # as in ImageNet's own train archive: a tar a class
-        way_out = "Unpack the outer tar, and each of the inner ones into a directory named after its class."
+    if listing.others[".gz"] or listing.others[".tgz"]:
+        way_out = "Inner archives can be read in place if they are plain .tar: unpack the outer one and `gunzip` them."
+    elif listing.others[".npy"]:
+        way_out = "Raw records are read from a whole pack: give the folder that holds its pack.json."
     return UserError(f"{source}: no images there (.jpg, .jpeg, .jpe or .png); found: {found}.\n{way_out}")
 
 
@@ -93,8 +95,7 @@ def _flat(listing: Listing, source: Source, base: bytes) -> UserError:
     place = source.below(base) if base else str(source)
     return UserError(
         f"{place}: {len(listing)} images lie in it without class directories, so their labels are unknown.\n"
-        f"Sort them into one directory a class: CLASS/image.jpg.\n"
-        f"(ImageNet's val: by the devkit's ILSVRC2012_validation_ground_truth.txt, named as in train.)"
+        f"Sort them into one directory a class: CLASS/image.jpg."
     )
 
 

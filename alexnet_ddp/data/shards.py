@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_ddp.data.layout import refuse_splits
+from alexnet_ddp.data.parts import Value
 from alexnet_ddp.data.sources import Source
 from alexnet_ddp.data.table import Listing, below, text
 from alexnet_ddp.errors import UserError
@@ -35,11 +36,8 @@ class Keyed:
     class_in_path: bool
 
 
-def find_keyed(listing: Listing, label_files: Sequence[dict[bytes, LabelFile]], source: Source) -> Keyed | None:
-    """The labels from `label_files` [shards]; None if no image has one: directories are the classes then."""
-    if not any(label_files):
-        return None
-    values, known = _read_labels(listing, label_files, source)
+def find_keyed(listing: Listing, values: "array[int]", known: Sequence[Value], source: Source) -> Keyed | None:
+    """The labels from `read_labels` of all shards; None if no image has one: directories are the classes then."""
     if all(value is None for value in known):
         return None
     _refuse_mixture(listing, values, known, source)
@@ -64,32 +62,26 @@ def find_keyed(listing: Listing, label_files: Sequence[dict[bytes, LabelFile]], 
     return Keyed(names, labels, [path + b"/" if path else b"" for path in inner], base, class_in_path)
 
 
-Value = int | bytes | None  # a class by number, a class by name, no label
-
-
-def _read_labels(
-    listing: Listing, label_files: Sequence[dict[bytes, LabelFile]], source: Source
+def read_labels(
+    listing: Listing, labels: dict[bytes, LabelFile], descriptor: int, where: str
 ) -> tuple["array[int]", list[Value]]:
-    """For every row the number of its value, and the values by number."""
+    """For every row of one shard's listing the number of its value, and the values by number."""
+    if not labels:
+        return array("i", bytes(4 * len(listing))), [None]
     numbers: dict[Value, int] = {}
     values = array("i")
     directories = list(listing.directories)
-    ends = np.searchsorted(np.frombuffer(listing.container, dtype=np.int32), np.arange(len(source.paths)), "right")
-    start = 0
-    for path, labels, end in zip(source.paths, label_files, ends.tolist(), strict=True):
-        with open(path, "rb") as file:
-            for row in range(start, end):
-                directory = directories[listing.directory[row]]
-                key = (directory + b"/" if directory else b"") + listing.stem(row)
-                found = {
-                    suffix: os.pread(file.fileno(), size, offset)
-                    for suffix in LABEL_SUFFIXES
-                    for offset, size in [labels.get(key + suffix, ABSENT)]
-                    if size
-                }
-                value = _value(found, f"{path}: {text(key)}")
-                values.append(numbers.setdefault(value, len(numbers)))
-        start = end
+    for row in range(len(listing)):
+        directory = directories[listing.directory[row]]
+        key = (directory + b"/" if directory else b"") + listing.stem(row)
+        found = {
+            suffix: os.pread(descriptor, size, offset)
+            for suffix in LABEL_SUFFIXES
+            for offset, size in [labels.get(key + suffix, ABSENT)]
+            if size
+        }
+        value = _value(found, f"{where}: {text(key)}")
+        values.append(numbers.setdefault(value, len(numbers)))
     return values, list(numbers)
 
 

@@ -9,20 +9,27 @@ Locators, by example:
     /data/shards                         a folder that holds *.tar and no directories
     /data/shards/train-*.tar             a glob
     /data/shards/train-{000000..000146}.tar
+    /data/ILSVRC2012_img_train.tar       a tar of tars: the stem of each inner tar is a class
+    /data/ILSVRC2012_img_val.tar         ImageNet's validation images: labels from the devkit beside it
+    /data/imagenet-short256              a folder that `alexnet-ddp data pack` made
 """
 
 import difflib
 import glob
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from alexnet_ddp.data.packed import MANIFEST, Packed, is_unfinished, read_packed
 from alexnet_ddp.data.table import is_clutter, text
 from alexnet_ddp.errors import UserError
 
 SEPARATOR = "::"
+SETTLED_NS = 2_000_000_000  # what changed less than this ago may change again within one tick of its clock
+OFFICIAL = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_img_test_v10102019.tar")
 HOW_TO_DECOMPRESS = {  # by ending: what makes something readable out of it
     ".tar.gz": "gunzip",
     ".tgz": "gunzip",
@@ -62,6 +69,19 @@ def stamp_of(path: str) -> Stamp:
     return Stamp(path, 0 if os.path.isdir(path) else status.st_size, status.st_mtime_ns)
 
 
+def still_holds(stamps: Sequence[Stamp]) -> bool:
+    """Whether nothing has changed. Raises no error: what is gone has changed."""
+    try:
+        return all(stamp_of(stamp.path) == stamp for stamp in stamps)
+    except OSError:
+        return False
+
+
+def is_settled(stamps: Sequence[Stamp]) -> bool:
+    """Whether all of it is old enough for its stamps to tell any later change."""
+    return abs(time.time_ns() - max((stamp.mtime_ns for stamp in stamps), default=0)) >= SETTLED_NS
+
+
 @dataclass(frozen=True)
 class Source:
     """Where samples are to be looked for. Paths are absolute."""
@@ -70,9 +90,10 @@ class Source:
     paths: tuple[str, ...]  # the folder, or the tars in order
     outside: str  # the locator without its path inside
     inside: str | None = None  # the directory in the tars that holds the classes; None: the layout tells
+    pack: Packed | None = None  # what pack.json says, of a pack
 
     def __str__(self) -> str:
-        return self.outside if self.inside is None else f"{self.outside}{SEPARATOR}{self.inside}"
+        return self.outside if self.inside is None or self.pack else f"{self.outside}{SEPARATOR}{self.inside}"
 
     def below(self, path: bytes) -> str:
         """The locator of a directory, given its path below the folder's or the archive's root."""
@@ -88,6 +109,13 @@ def find_source(locator: str) -> Source:
         outside, separator, inside = locator, "", ""
     outside = os.path.expanduser(outside)
     part = "/".join(name for name in inside.split("/") if name not in ("", ".")) if separator else None
+
+    if os.path.isfile(os.path.join(outside, MANIFEST)):
+        if part is not None:
+            raise UserError(f"{locator}: is a pack, which has no path inside: give {outside}.")
+        folder = os.path.abspath(outside)
+        pack = read_packed(folder)
+        return Source("tar", tuple(os.path.join(folder, name) for name in pack.shards), outside, "", pack)
 
     if os.path.isdir(outside):
         shards, compressed = _tars_in(outside)
@@ -111,18 +139,23 @@ def _tars_in(folder: str) -> tuple[list[str], list[str]]:
     shards, compressed = [], []
     try:
         with os.scandir(folder) as entries:
-            for entry in entries:
-                if is_clutter(os.fsencode(entry.name)):
-                    continue
-                if entry.is_dir():
-                    return [], []
+            listing = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+            plain = [entry for entry in listing if not is_clutter(os.fsencode(entry.name))]
+            official = [entry.path for entry in plain if entry.name in OFFICIAL]
+            if len(official) > 1 or (official and len(plain) > 1):
+                raise UserError(f"{folder}: holds ImageNet's own archives: give {' or '.join(official)} itself.")
+            if any(entry.is_dir() for entry in plain):
+                return [], []
+            if is_unfinished([entry.name for entry in listing]):
+                raise UserError(f"{folder}: an unfinished pack: run the same `alexnet-ddp data pack` again.")
+            for entry in plain:
                 if entry.name.lower().endswith(".tar"):
                     shards.append(entry.path)
                 elif _tool_for(entry.name):
                     compressed.append(entry.path)
     except OSError as error:
         raise UserError(f"{folder}: can't be listed: {error.strerror}.") from None
-    return sorted(shards, key=os.fsencode), sorted(compressed, key=os.fsencode)
+    return shards, compressed
 
 
 def _expand(outside: str) -> list[str]:

@@ -4,6 +4,7 @@ No Python object is kept per sample: 1.28 million of them, touched by every proc
 page through their reference counts until the machine has no memory left.
 """
 
+import functools
 import hashlib
 from array import array
 from collections import Counter
@@ -20,6 +21,7 @@ CLUTTER = (b"__MACOSX", b"lost+found", b"@eaDir")  # directories that systems le
 
 IN_A_FILE = -1  # the offset of a sample that is a file of its own
 LARGEST_IMAGE = 2**31 - 1  # bytes; sizes are int32
+_PIECE = 1 << 16  # rows
 
 
 def text(raw: bytes) -> str:
@@ -90,6 +92,21 @@ class Listing:
     def stem(self, row: int) -> bytes:
         return bytes(self.stems[self.ends[row - 1] if row else 0 : self.ends[row]])
 
+    def extend(self, other: "Listing", *, container: int | None = None) -> None:
+        """Adds all that another scan found; its images lie in `container`, or where it says."""
+        kinds = np.array([self.suffixes.setdefault(name, len(self.suffixes)) for name in other.suffixes], np.int32)
+        places = np.array([self.directories.setdefault(name, len(self.directories)) for name in other.directories],
+                          np.int32)
+        self.ends.frombytes((np.frombuffer(other.ends, np.int64) + len(self.stems)).tobytes())
+        self.stems += other.stems
+        self.directory.frombytes(places[np.frombuffer(other.directory, np.int32)].tobytes())
+        self.suffix.frombytes(kinds[np.frombuffer(other.suffix, np.int32)].tobytes())
+        self.container.extend(other.container if container is None else array("i", [container]) * len(other))
+        self.offset.extend(other.offset)
+        self.size.extend(other.size)
+        self.bare_directories |= other.bare_directories
+        self.others.update(other.others)
+
     def images_in(self) -> dict[bytes, int]:
         """How many images lie directly in each directory."""
         counts = np.bincount(np.frombuffer(self.directory, np.int32), minlength=len(self.directories))
@@ -104,12 +121,13 @@ class Table:
     suffixes: tuple[bytes, ...]  # file name extensions as spelled
     base: bytes  # the directory, below the folder's or the archive's root, that holds the class directories
     class_in_path: bool  # false where a shard's members are named by key alone: base/stem.jpg
+    class_suffix: bytes  # b".tar" where every class is a tar in the archive: base/class.tar, stem.jpg
     labels: npt.NDArray[np.int32]  # [N] position in classes
     offsets: npt.NDArray[np.int64]  # [N] bytes from the container's start, IN_A_FILE for a file of its own
     sizes: npt.NDArray[np.int32]  # [N] bytes, 0 for a file of its own
-    containers: npt.NDArray[np.int32]  # [N] which tar; 0 in a folder
+    containers: npt.NDArray[np.integer]  # [N] which tar; 0 in a folder. The smallest unsigned type that will do
     suffix_codes: npt.NDArray[np.uint8]  # [N] position in suffixes
-    name_ends: npt.NDArray[np.int64]  # [N] where each stem ends in names
+    name_ends: npt.NDArray[np.integer]  # [N] where each stem ends in names: uint32 if that will do, else int64
     names: npt.NDArray[np.uint8]  # all stems, one after the other
 
     COLUMNS = ("labels", "offsets", "sizes", "containers", "suffix_codes", "name_ends", "names")
@@ -124,7 +142,7 @@ class Table:
 
     def path(self, row: int) -> bytes:
         """The sample's path below the folder's or the archive's root."""
-        middle = (self.classes[self.labels[row]],) if self.class_in_path else ()
+        middle = (self.classes[self.labels[row]] + self.class_suffix,) if self.class_in_path else ()
         parts = (self.base, *middle, self.stem(row) + self.suffixes[self.suffix_codes[row]])
         return b"/".join(part for part in parts if part)
 
@@ -137,17 +155,27 @@ class Table:
 
     def identity(self) -> str:
         """Hex sha256 over class names, sample names and labels, and nothing else."""
+        return self._identity
+
+    @functools.cached_property
+    def _identity(self) -> str:
         digest = hashlib.sha256(f"alexnet-ddp index identity 1, {len(self.classes)} classes\n".encode())
         for name in self.classes:
             digest.update(len(name).to_bytes(4, "little") + name)
         for column, kind in ((self.labels, "<i4"), (self.name_ends, "<i8"), (self.names, "u1")):
-            digest.update(np.ascontiguousarray(column, dtype=kind).data)
+            for start in range(0, len(column), _PIECE):  # converted piece by piece, for the sake of memory
+                digest.update(np.ascontiguousarray(column[start : start + _PIECE], dtype=kind).data)
         return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:
         """Memory held by the columns, in bytes."""
         return sum(getattr(self, name).nbytes for name in self.COLUMNS)
+
+
+def ends_type(length: int) -> npt.DTypeLike:
+    """The type of name_ends for so many bytes of names."""
+    return np.uint32 if length < 2**32 else np.int64
 
 
 def build_table(
@@ -158,6 +186,7 @@ def build_table(
     prefixes: Sequence[bytes],
     base: bytes,
     class_in_path: bool,
+    class_suffix: bytes = b"",
     containers: Sequence[str],
 ) -> Table:
     """Sorts a listing into a table.
@@ -187,7 +216,7 @@ def build_table(
             rows[done], name_ends[done] = members[place], len(names)
             done += 1
 
-    def column(values: "array[int]", kind: type) -> npt.NDArray:
+    def column(values: "array[int]", kind: npt.DTypeLike) -> npt.NDArray:
         return np.frombuffer(values, dtype=np.dtype(values.typecode))[rows].astype(kind)
 
     table = Table(
@@ -195,12 +224,13 @@ def build_table(
         suffixes=tuple(listing.suffixes),
         base=base,
         class_in_path=class_in_path,
+        class_suffix=class_suffix,
         labels=labels[rows].astype(np.int32),
         offsets=column(listing.offset, np.int64),
         sizes=column(listing.size, np.int32),
-        containers=column(listing.container, np.int32),
+        containers=column(listing.container, np.min_scalar_type(max(0, len(containers) - 1))),
         suffix_codes=column(listing.suffix, np.uint8),
-        name_ends=name_ends,
+        name_ends=name_ends.astype(ends_type(len(names))),
         names=np.frombuffer(bytes(names), dtype=np.uint8),
     )
     if twins:

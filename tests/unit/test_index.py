@@ -19,6 +19,8 @@ import pytest
 from alexnet_ddp.data import descriptors
 from alexnet_ddp.data import index as index_module
 from alexnet_ddp.data.index import Index, check_pair, open_index, summary
+from alexnet_ddp.data.journal import Journal
+from alexnet_ddp.data.scan import Scan
 from alexnet_ddp.data.sources import Source, Stamp
 from alexnet_ddp.data.table import Table
 from alexnet_ddp.errors import UserError
@@ -272,7 +274,12 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for name in ("scan_folder", "scan_tars"):
         scan = getattr(index_module, name)
-        monkeypatch.setattr(index_module, name, lambda source, scan=scan: (seen.append(str(source)), scan(source))[1])
+
+        def counted(source: Source, journal: Journal, scan=scan) -> Scan:
+            seen.append(str(source))
+            return scan(source, journal)
+
+        monkeypatch.setattr(index_module, name, counted)
     return seen
 
 
@@ -412,6 +419,7 @@ def test_memory_of_the_whole_of_imagenet(tmp_path: Path) -> None:
         suffixes=(b".JPEG",),
         base=b"train",
         class_in_path=True,
+        class_suffix=b"",
         labels=labels,
         offsets=np.arange(count, dtype=np.int64) * 110_000,
         sizes=zeros + 110_000,

@@ -212,8 +212,9 @@ def test_places_without_images_tell_what_they_hold() -> None:
     assert "no images there (.jpg, .jpeg, .jpe or .png); found: no files at all" in refusal(folder("none", "a/"))
     assert "found: 2 .webp, 1 .txt" in refusal(tar("x.tar", "a/1.webp", "a/2.webp", "a/3.txt"))
     assert "no images there" in refusal(tar("empty.tar"))
-    nested = refusal(tar("nested.tar", "n01440764.tar"))
-    assert "found: 1 .tar" in nested and "each of the inner ones into a directory" in nested
+    nested = refusal(tar("nested.tar", "n01440764.tar.gz", "n01443537.tar.gz"))
+    assert "found: 2 .gz" in nested and "unpack the outer one and `gunzip` them" in nested
+    assert "found: 1 .npy" in (raw := refusal(tar("raw.tar", "a/1.npy"))) and "folder that holds its pack.json" in raw
 
 
 def test_samples_that_share_a_name_are_both_named() -> None:
