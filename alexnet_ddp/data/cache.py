@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet_ddp.data.cache_file import ENTRY, LONGEST, ShardFile
-from alexnet_ddp.data.cache_folder import CacheFolder, check_system, default_base, room
+from alexnet_ddp.data.cache_folder import CacheFolder, check_system, default_base, room, unusable
 from alexnet_ddp.data.index import Index
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.records import Records
@@ -41,7 +41,7 @@ I64 = NDArray[np.int64]
 I32 = NDArray[np.int32]
 
 NOT_OURS = -2**31  # a sample of another rank's shard
-KEPT_OPEN = 128  # shards whose descriptors (two each) are kept: limits start at 1024, and the index keeps 256
+KEPT_OPEN = 128  # shards whose descriptors (two each) are kept: the index leaves 512 of the process's to others
 SPARED = 0.1  # share of what was free when the cache was opened that is never filled
 BETWEEN_LOOKS = 2**24  # bytes that a rank writes before it looks again at what is free
 CHUNK = 2**18  # samples whose places are computed at once: bounds the memory that takes
@@ -84,6 +84,7 @@ def open_cache(records: Records, *, kind: Literal["disk", "ram"], index: Index, 
     folder = CacheFolder.open(base, run_dir=run_dir, facts={
         "identity": index.identity, "storage": index.storage, "samples": order.samples, "shards": order.shards,
         "stage": str(stage), "made_with": VERSIONS if index.stage != str(stage) else ""})
+    files: dict[int, ShardFile] = {}
     try:
         for line in folder.swept:
             say(line)
@@ -103,12 +104,17 @@ def open_cache(records: Records, *, kind: Literal["disk", "ram"], index: Index, 
                 f"{'' if limit_bytes is None else f'; data.cache_gb={limit_bytes / 1e9:g}'}); the rest will be read "
                 "from the source")
         rounds, over = divmod(order.samples, order.shards)
-        mine = [shard for shard in range(rank, order.shards, world) if rounds + (shard < over)]
-        files = {shard: ShardFile(folder.shard(shard), places=rounds + (shard < over), mapped=kind == "ram",
-                                  record_bytes=stage.record_bytes, keep_open=len(mine) <= KEPT_OPEN)
-                 for shard in mine}
-    except BaseException:
+        for shard in range(rank, order.shards, world):
+            if places := rounds + (shard < over):
+                files[shard] = ShardFile(
+                    folder.shard(shard), places=places, record_bytes=stage.record_bytes, mapped=kind == "ram",
+                    keep_open=order.shards // world <= KEPT_OPEN)
+    except BaseException as error:
+        for file in files.values():
+            file.close()
         folder.close()
+        if isinstance(error, OSError):
+            raise unusable(base, error) from None
         raise
     return CachedRecords(records, folder=folder, files=files, home=home, shards=order.shards, allowance=allowance,
                          reserve=int(free * SPARED), say=say,
@@ -147,6 +153,8 @@ class CachedRecords:
         # plain ints, five times as quick as an array.
         self._home = home.data
         self._shards, self._say = shards, say
+        self._record_bytes = self.stage.record_bytes or 0
+        self._maps = {shard: file.mapped for shard, file in files.items() if file.mapped is not None}
         self._allowance, self._reserve = allowance, reserve  # bytes this rank may write; bytes to be left free
         self._lock = threading.Lock()  # of all that follows
         self._written = self._looked = 0
@@ -176,6 +184,11 @@ class CachedRecords:
         spot = self._home[sample]
         if spot >= 0:
             place, shard = divmod(spot, self._shards)
+            if self._maps:  # one copy, which leaves the interpreter to others; all before it takes 0.5 us
+                assert start + flat.size <= self._record_bytes
+                first = place * self._record_bytes + start
+                flat[:] = self._maps[shard][first:first + flat.size]
+                return
             try:
                 self._files[shard].read_into(place, flat, start)
                 return
@@ -224,7 +237,7 @@ class CachedRecords:
         return not self._full and self._failure is None
 
     def _keep(self, sample: int, spot: int, data: bytes) -> None:
-        fitting = len(data) == (self.stage.record_bytes or len(data)) and 0 < len(data) <= LONGEST
+        fitting = len(data) == (self._record_bytes or len(data)) and 0 < len(data) <= LONGEST
         if self._full or self._failure is not None or not fitting or not self._take(len(data) + ENTRY.itemsize):
             return
         place, shard = divmod(~spot, self._shards)
@@ -306,5 +319,6 @@ class CachedRecords:
             self._stager.close()
         if not self._closed:
             self._closed = True
+            self._maps.clear()
             for file in self._files.values():
                 file.close()

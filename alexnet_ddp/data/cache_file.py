@@ -50,10 +50,10 @@ class ShardFile:
             size = os.fstat(file).st_size
             self._entries = self._sound(np.frombuffer(_read(file, places * ENTRY.itemsize, 0), ENTRY), size)
             self._lengths = self._entries["length"]
-            self._map: U8 | None = None
+            self.mapped: U8 | None = None
             if mapped and record_bytes:  # never read where no entry confirms that it was written: a hole may not fit
                 view = mmap.mmap(file, self._first + places * record_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
-                self._map = np.frombuffer(view, np.uint8)[self._first:]
+                self.mapped = np.frombuffer(view, np.uint8)[self._first:]
         except BaseException:
             _close(file, appender)
             raise
@@ -115,18 +115,15 @@ class ShardFile:
         offset, length, _ = self._entries[place].item()
         if not length:
             raise OSError(errno.ENODATA, "the record is gone", str(self.path))
-        if self._map is not None:
-            return self._map[offset - self._first:offset - self._first + length].tobytes()
+        if self.mapped is not None:
+            return self.mapped[offset - self._first:offset - self._first + length].tobytes()
         with self._opened() as (file, _):
             return _read(file, length, offset)
 
     def read_into(self, place: int, out: U8, start: int) -> None:
-        """Raw stages: bytes `start` and after of a record, as `read`, into flat `out`. Raises OSError."""
+        """Raw stages: bytes `start` and after of a record, as `read`, into flat `out`; read from the file."""
         assert self._record_bytes is not None
         first = place * self._record_bytes + start
-        if self._map is not None:
-            out[:] = self._map[first:first + out.size]  # one copy, without the interpreter's lock
-            return
         with self._opened() as (file, _):
             if os.preadv(file, [out.data], self._first + first) != out.size:
                 raise OSError(errno.EIO, "cut short", str(self.path))
@@ -164,7 +161,7 @@ class ShardFile:
         if self._kept is not None:
             _close(*self._kept)
             self._kept = None
-        self._map = None
+        self.mapped = None
 
 
 def _close(*files: int) -> None:

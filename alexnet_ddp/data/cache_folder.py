@@ -72,9 +72,7 @@ class CacheFolder:
             os.utime(lock)
             return cls(path, lock, swept)
         except OSError as error:
-            raise UserError(f"A cache needs a folder on the node that can be written, and {base} can't be used: "
-                            f"{error.strerror or error} ({error.filename or base}). Set data.cache_dir to another "
-                            "folder, or data.cache=none.") from None
+            raise unusable(base, error) from None
 
     def shard(self, number: int) -> Path:
         return self.path / f"{number:05d}.shard"
@@ -113,6 +111,13 @@ class CacheFolder:
                 _take_away(self.path)
         with contextlib.suppress(OSError):
             self.path.parent.rmdir()  # if it was the last
+
+
+def unusable(base: Path, error: OSError) -> UserError:
+    """What to tell the user where a folder for caches fails them."""
+    return UserError(f"A cache needs a folder on the node that can be written, and {base} can't be used: "
+                     f"{error.strerror or error} ({error.filename or base}). Set data.cache_dir to another folder, or "
+                     "data.cache=none.")
 
 
 def sweep(house: Path, *, run_dir: Path | None = None, keep: str = "") -> list[str]:
