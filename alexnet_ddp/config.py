@@ -282,9 +282,15 @@ def check(config: Config) -> None:
         raise UserError("optim.nesterov needs a momentum above 0, got optim.momentum=0.")
     if config.model.in_channels == 2:
         raise UserError("model.in_channels must be 3 (colour) or 1 (grey), got 2.")
-    if config.data.stored == "raw256" and config.augment.crop == "squash":
-        raise UserError("data.stored=raw256 holds only the central square, so augment.crop=squash can't see the "
-                        "whole image. Use data.stored=original or short256.")
+    if config.data.stored.startswith("raw") and config.augment.crop == "squash":
+        raise UserError(f"data.stored={config.data.stored} holds only the central square, so augment.crop=squash can't "
+                        "see the whole image. Use data.stored=original or short256.")
+    if config.data.cache != "none" and config.data.assignment != "owner":
+        raise UserError(f"data.cache={config.data.cache} needs data.assignment=owner, so that a rank always trains on "
+                        "the same samples and keeps only those. Add data.assignment=owner.")
+    if config.data.cache == "gpu" and not config.data.stored.startswith("raw"):
+        raise UserError(f"data.cache=gpu keeps raw records, got data.stored={config.data.stored}. Use "
+                        "data.stored=raw256 (or another rawN), or data.cache=ram.")
     if not re.fullmatch(r"[\w][\w.+=-]*", config.name or "x"):
         raise UserError(f"name must be letters, digits, '_', '-', '.', '+' or '=', got '{config.name}': "
                         "it names a folder.")

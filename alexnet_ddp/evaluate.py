@@ -16,10 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexnet_ddp.data import decode
+from alexnet_ddp.data import views
 from alexnet_ddp.data.augment import Augment
-from alexnet_ddp.data.decode import ChooseView, View
 from alexnet_ddp.data.loader import Loader, Work
+from alexnet_ddp.data.views import ChooseView, View
 from alexnet_ddp.distributed import World
 from alexnet_ddp.sections import AugmentSection, EvaluateSection
 from alexnet_ddp.transfer import Transfer
@@ -74,10 +74,14 @@ def works(samples: int, *, batch: int, rank: int, world: int, choose: ChooseView
                    mask=inside)
 
 
+def evaluates_squashed(section: EvaluateSection, augment: AugmentSection) -> bool:
+    """Whether whole images are squashed to a square, rather than their centre cut out."""
+    return section.crop == "squash" or (section.crop == "auto" and augment.crop == "squash")
+
+
 def view_of(section: EvaluateSection, augment: AugmentSection) -> ChooseView:
     """The deterministic view of an image that is evaluated."""
-    squashes = section.crop == "squash" or (section.crop == "auto" and augment.crop == "squash")
-    kind = decode.squash if squashes else decode.center
+    kind = views.squash if evaluates_squashed(section, augment) else views.center
 
     def choose(width: int, height: int) -> View:
         return kind(width, height, size=augment.size)

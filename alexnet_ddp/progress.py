@@ -37,7 +37,8 @@ class Progress:
             self._spoke = time.monotonic()
             rate = (self._done - self._first) / max(1e-9, self._spoke - self._began)
             whole = "" if self._total is None else f" of {self._total:,} ({self._done / max(1, self._total):.0%})"
-            print(f"{self._what}: {self._done:,}{whole} {self._unit}, {rate:,.0f} a second", file=self._file, flush=True)
+            line = f"{self._what}: {self._done:,}{whole} {self._unit}, {rate:,.0f} a second"
+            print(line, file=self._file, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -16,7 +16,8 @@ from typing import Any
 Record = dict[str, Any]
 
 # Fields that say how fast, not what: they may differ between a run and its repetition, all others are bit-equal.
-TIME_FIELDS = frozenset({"images_per_second", "data_wait", "memory_peak", "seconds", "time", "attempt"})
+TIME_FIELDS = frozenset({"images_per_second", "data_wait", "binds", "cached", "memory_peak", "seconds", "time",
+                         "attempt"})
 
 
 def kept_after_resume(record: Record, *, step: int, evaluated_step: int) -> bool:
@@ -146,10 +147,11 @@ class Console:
 
     def train(self, record: Record, *, seconds_per_step: float) -> None:
         left = seconds_per_step * (self._total - record["step"])
+        what = "" if record["binds"] == "step" else f" ({record['binds']})"
         line = (f"epoch {record['epoch'] + 1}  step {record['step']}/{self._total}  "
                 f"{record['step'] / self._total:4.0%}  loss {record['loss']:.4f}  top-1 {record['top1']:.2%}  "
                 f"lr {record['lr']:.4g}  {record['images_per_second']:.0f} img/s  "
-                f"waiting for data {record['data_wait']:.0%}  left {duration(left)}")
+                f"waiting for data {record['data_wait']:.0%}{what}  left {duration(left)}")
         if self._live:
             width = shutil.get_terminal_size().columns
             show("\r" + line[: width - 1].ljust(width - 1), end="")

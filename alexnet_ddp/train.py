@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from alexnet_ddp import config as recipes
 from alexnet_ddp import distributed, faults, replica, sinks
@@ -22,14 +24,16 @@ from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.decode import create_decoder
-from alexnet_ddp.data.index import Index
-from alexnet_ddp.data.loader import Batch, Loader, decode_threads
+from alexnet_ddp.data.device_cache import DeviceCache
+from alexnet_ddp.data.feed import Feed, device_cache, training_records, what_binds
+from alexnet_ddp.data.loader import Batch, Loader, Times, decode_threads
 from alexnet_ddp.data.order import check_owner
 from alexnet_ddp.data.randomness import dropout_rows, key
+from alexnet_ddp.data.records import Records, StoredRecords
 from alexnet_ddp.data.training import Data, has_single_samples, largest_part, open_data, training_works
 from alexnet_ddp.distributed import World, everywhere, first_on_node, on_rank_0
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
-from alexnet_ddp.evaluate import TILE, evaluate, view_of
+from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, view_of
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models import create_model
 from alexnet_ddp.optim import create_optimizer, create_scaler, named_state
@@ -38,7 +42,6 @@ from alexnet_ddp.run import RunDirectory, Start, check_shared, lineage_of, write
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.step import MicroBatch, Step, sync_debug, wrap
 from alexnet_ddp.stop import CAUSES, StopRequests, deadline_from, lead_time
-from alexnet_ddp.transfer import Transfer
 from alexnet_ddp.watchdog import Watchdog
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ class Trainer:
         self.deadline = deadline_from(limit=limit, started=started)
         pinned = on_rank_0(world, lambda: str(directory.known.get("decoder", "")) if directory else "")
         wanted = pinned if pinned and config.data.decoder == "auto" else config.data.decoder
-        self.decoder = everywhere(world, lambda: create_decoder(wanted))
+        self.decoder = everywhere(world, lambda: create_decoder(wanted, quality=config.augment.resize))
         self.numeric = distributed.numeric_fingerprint(
             world, decoder=f"{self.decoder.name} {self.decoder.version}", micro_batch=config.micro_batch,
             assignment=config.data.assignment, amp=config.amp, deterministic=config.deterministic)
@@ -179,7 +182,6 @@ class Trainer:
                          tick=self._tick)
         self.window = Window(config.log.steps, device=world.device)
         self.augment = Augment(config.augment, channels=config.model.in_channels, device=world.device)
-        self.transfer = Transfer(world.device)
         self.agreement = distributed.Agreement(world)
         self.agreed = distributed.Agreed()
 
@@ -196,6 +198,7 @@ class Trainer:
         self.saved_at = (self.place["step"], self.place["evaluated_step"]) if self.start.resumed_from else None
         self.improved = False  # the best weights are newer than the last save that was begun
         self.slowest_step = 0.0  # seconds
+        self._open_feeds()
         self._open_report()
         return True
 
@@ -216,6 +219,25 @@ class Trainer:
 
         start = on_rank_0(self.world, work)
         return replace(start, state=loaded[0] if loaded else None)
+
+    def _open_feeds(self) -> None:
+        """What is trained on, through the cache that is asked for, and what is evaluated on."""
+        config, world, data = self.config, self.world, self.data
+        neighbours = [rank for rank, host in enumerate(world.hosts) if host == world.host]
+        records = everywhere(world, lambda: training_records(
+            config, data, rank=world.rank, world=world.size, neighbours=neighbours, say=sinks.say))
+        kept = everywhere(world, lambda: device_cache(
+            config, data, rank=world.rank, world=world.size, device=world.device,
+            most_rows=largest_part(config, world=world.size)))
+        self.feed = self._feed(records, data.train.labels, crop=config.augment.crop, kept=kept)
+        if val := data.val:
+            crop = "squash" if evaluates_squashed(config.evaluate, config.augment) else "center"
+            held_out = everywhere(world, lambda: StoredRecords(val, config.data.stored))
+            self.held_out = self._feed(held_out, val.labels, crop=crop)
+
+    def _feed(self, records: Records, labels: NDArray[np.int32], *, crop: str, kept: DeviceCache | None = None) -> Feed:
+        return Feed(self.config, records, labels, self.decoder, crop=crop, device=self.world.device, kept=kept,
+                    threads=decode_threads(self.config.data.threads, cores=cores(self.world)))
 
     def _open_report(self) -> None:
         """Rank 0 writes for all; the trace is every rank's own."""
@@ -257,12 +279,12 @@ class Trainer:
     def _loop(self) -> str:
         """Steps until done; returns why it stopped early, or ""."""
         rows = largest_part(self.config, world=self.world.size)
-        with self._loader(self.data.train, rows=rows) as loader:
+        with self.feed.loader(rows=rows) as loader:
             batches = loader.run(training_works(self.config, self.data, first_step=self.place["step"],
                                                 rank=self.world.rank, world=self.world.size))
             faults.strike(self.config.fault, at="start", step=self.place["step"], rank=self.world.rank)
             self.timed_from = self.place["step"]  # the window may have begun in an earlier attempt
-            self.window_began, self.waited_before = time.perf_counter(), 0.0
+            self.window_began, self.times_before = time.perf_counter(), Times()
             while True:
                 if self._evaluation_due() and not self._evaluate():
                     return CAUSES[self.agreed.stop]
@@ -270,7 +292,8 @@ class Trainer:
                     self._save()
                 if self.place["step"] >= self.total_steps:
                     return ""
-                if self._agree(waited=loader.waited).stop:
+                self.feed.check()
+                if self._agree(waited=loader.times.waiting).stop:
                     return CAUSES[self.agreed.stop]
                 self._take_step(batches)
                 if self.window.full or self.place["step"] == self.total_steps:
@@ -309,7 +332,7 @@ class Trainer:
             if self.trace is not None:
                 self.trace.write(step, samples=work.samples.tolist(), views=batch.views.tolist(),
                                  flips=work.draws.flip.tolist())
-            images, labels = self.transfer(batch)
+            images, labels = self.feed.transfer(batch)
             rows = torch.from_numpy(dropout_rows(work.samples, seed=self.config.seed, step=step))
             pixels = self.augment(images, work.draws)
             pixels = faults.spoil(pixels, self.config.fault, step=step, rank=self.world.rank)
@@ -338,18 +361,20 @@ class Trainer:
         steps, step = self.window.filled, self.place["step"]
         summary = self.window.summary()
         elapsed = time.perf_counter() - self.window_began
-        timed = range(self.timed_from, step)  # steps
+        timed, times = range(self.timed_from, step), loader.times - self.times_before
         images = sum(self.order.plan(each).count for each in timed)
         record = {
             "step": step, "epoch": (step - 1) // self.order.steps_per_epoch, "samples": summary.samples,
             "loss": summary.loss, "top1": summary.top1, "lr": self.rate, "grad_norm": summary.grad_norm,
             "skipped": summary.skipped, "images_per_second": images / elapsed,
-            "data_wait": min(1.0, (loader.waited - self.waited_before) / elapsed),
+            "data_wait": min(1.0, times.waiting / elapsed), "binds": what_binds(times, seconds=elapsed),
             "memory_peak": memory_peak(self.world)}
+        if self.feed.cached is not None:
+            record["cached"] = self.feed.cached
         if self.report is not None:
             self.report.training(record, steps=steps, timed=len(timed), seconds=elapsed,
                                  steps_per_epoch=self.order.steps_per_epoch, waited=self.agreed.waits)
-        self.timed_from, self.window_began, self.waited_before = step, time.perf_counter(), loader.waited
+        self.timed_from, self.window_began, self.times_before = step, time.perf_counter(), loader.times
         self._check_finite(summary.skipped_in_a_row)
         if self.config.limits.loss is not None and summary.loss < self.config.limits.loss:
             self.total_steps = step  # the same on all ranks, as the loss is
@@ -381,10 +406,10 @@ class Trainer:
             faults.strike(self.config.fault, at="evaluate", step=step, rank=self.world.rank)
             return not self._agree().stop
 
-        with self._loader(self.data.val, rows=batch * TILE) as loader:
+        with self.held_out.loader(rows=batch * TILE) as loader:
             found = evaluate(self.step.net.module, loader, samples=len(self.data.val), batch=batch,
                              choose=view_of(self.config.evaluate, self.config.augment), augment=self.augment,
-                             world=self.world, transfer=self.transfer, carry_on=carry_on, tick=self._tick)
+                             world=self.world, transfer=self.held_out.transfer, carry_on=carry_on, tick=self._tick)
         if found is None:
             return False
         best = self.place["best"]
@@ -419,13 +444,6 @@ class Trainer:
             self.report.status("running", place=self.place)
         self.saved_at, self.improved = (state.step, state.evaluated_step), False
 
-    def _loader(self, index: Index, *, rows: int) -> Loader:
-        data = self.config.data
-        return Loader(index, self.decoder, rows=rows, size=self.config.augment.size,
-                      channels=self.config.model.in_channels, prefetch=data.prefetch, stored=data.stored,
-                      threads=decode_threads(data.threads, cores=cores(self.world)),
-                      pin=self.world.on_gpu)
-
     # ------------------------------------------------------------------------------------------------------------
     # Leaving
     # ------------------------------------------------------------------------------------------------------------
@@ -440,6 +458,7 @@ class Trainer:
             self.report.leave(place=self.place, cause=cause)
         if self.trace is not None:
             self.trace.close()
+        self.feed.close(finished=not cause)
         return EXIT_STOPPED if cause else EXIT_FINISHED
 
     def _tick(self, stage: str) -> None:

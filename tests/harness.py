@@ -181,7 +181,7 @@ def tiny_recipe(folder: Path, *, train: Path, val: Path | None = None, **changes
     return recipe
 
 
-TIMES = {"images_per_second", "data_wait", "memory_peak", "seconds", "time", "attempt"}
+TIMES = {"images_per_second", "data_wait", "binds", "cached", "memory_peak", "seconds", "time", "attempt"}
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -198,6 +198,7 @@ def evaluate_ties(world: Any, folder: str, batch: int) -> tuple[int, int, int, f
     from alexnet_ddp.data.decode import create_decoder
     from alexnet_ddp.data.index import open_index
     from alexnet_ddp.data.loader import Loader
+    from alexnet_ddp.data.records import StoredRecords
     from alexnet_ddp.evaluate import TILE, evaluate, view_of
     from alexnet_ddp.models import create_model
     from alexnet_ddp.sections import AugmentSection, EvaluateSection
@@ -209,10 +210,12 @@ def evaluate_ties(world: Any, folder: str, batch: int) -> tuple[int, int, int, f
         last.weight.zero_()
         last.bias.copy_(torch.tensor([0.0] * 6 + [1.0] * 2))
     section = AugmentSection(size=SIZE)
-    with open_index(folder) as index, Loader(index, create_decoder("auto"), rows=batch * TILE, size=SIZE, channels=3,
-                                             threads=1, prefetch=2) as loader:
+    with open_index(folder) as index, Loader(StoredRecords(index, "original"), index.labels, create_decoder("auto"),
+                                             rows=batch * TILE, shape=(SIZE, SIZE, 3), threads=1,
+                                             prefetch=2) as loader:
         found = evaluate(net, loader, samples=len(index), batch=batch, choose=view_of(EvaluateSection(), section),
                          augment=Augment(section, channels=3, device=world.device), world=world,
-                         transfer=Transfer(world.device), carry_on=lambda: True, tick=lambda _: None)
+                         transfer=Transfer(world.device, is_raw=False, size=SIZE, channels=3),
+                         carry_on=lambda: True, tick=lambda _: None)
         assert found is not None and net.training
         return found.samples, found.correct1, found.correct5, found.loss

@@ -2,24 +2,31 @@
 
 A decoder reads the image's size, asks which view of it is wanted and writes that view as uint8. All decoders show
 the same views of the same upright image (EXIF orientation applied), so that crops don't depend on the decoder.
+
+    turbojpeg    only the rows and columns that the view needs, at 1/2, 1/4 or 1/8 where it has pixels to spare
+    nvimgcodec   only the rows and columns that the view needs
+    simplejpeg   whole images, at 1/2, 1/4 or 1/8 where the view has pixels to spare
+    torchcodec   whole images
+    pillow       whole images; the reference, and the way out for what the others can't do (PNG, CMYK, turned by EXIF)
+
+A region decoder doesn't look at what lies below its view, so damage there goes unseen: `data verify --decode` looks.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
-import math
 import warnings
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import numpy as np
 import PIL
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from alexnet_ddp.data.randomness import CROP_TRIES
+from alexnet_ddp.data import resize
+from alexnet_ddp.data.resize import Box, Quality
+from alexnet_ddp.data.views import ChooseView, View
 from alexnet_ddp.errors import UserError
 
 U8 = NDArray[np.uint8]
@@ -28,79 +35,16 @@ U8 = NDArray[np.uint8]
 warnings.filterwarnings("ignore", module=r"PIL\.(TiffImagePlugin|Image|JpegImagePlugin)")
 
 MOST_PIXELS = 89_478_485  # Pillow's bound: 256 MB of RGB; beyond it a header is damaged or made to harm
+PARTS = {"antialias": 2, "fast": 1}  # pixels to spare each way, in times the view's, when decoding at a fraction
+NAMES = ("turbojpeg", "nvimgcodec", "simplejpeg", "torchcodec", "pillow")  # of data.decoder, beside auto
 
 
 class DamagedImage(Exception):
     """The bytes are no image that can be decoded whole; the loader adds where they lie."""
 
 
-# --- views ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class View:
-    """The part of an upright image that is shown: a box, resized, and a square cut out of that. All in pixels."""
-
-    left: int
-    top: int
-    width: int
-    height: int
-    resized_width: int
-    resized_height: int
-    x: int
-    y: int
-
-    def numbers(self) -> tuple[int, ...]:
-        return astuple(self)
-
-
-ChooseView = Callable[[int, int], View]  # (width, height) of the upright image -> what to show of it
-
-
-def random_resized(width: int, height: int, *, size: int, draws: NDArray[np.float64],
-                   scale: tuple[float, float], ratio: tuple[float, float]) -> View:
-    """torchvision's RandomResizedCrop (Szegedy et al. 2015, section 6) from a fixed number of draws in [0, 1)."""
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    for a, r, u, v in draws.reshape(CROP_TRIES, 4).tolist():
-        area = width * height * (scale[0] + a * (scale[1] - scale[0]))
-        aspect = math.exp(low + r * (high - low))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return View(int(u * (width - w + 1)), int(v * (height - h + 1)), w, h, size, size, 0, 0)
-    w, h = width, height  # the largest central crop within the allowed aspect ratios
-    if width < ratio[0] * height:
-        h = min(height, round(width / ratio[0]))
-    elif width > ratio[1] * height:
-        w = min(width, round(height * ratio[1]))
-    return View((width - w) // 2, (height - h) // 2, w, h, size, size, 0, 0)
-
-
-def short_side(width: int, height: int, *, short: int) -> tuple[int, int]:
-    """Width and height once the shorter one is `short`, rounded down as torchvision's Resize does."""
-    if width <= height:
-        return short, max(short, int(short * height / width))
-    return max(short, int(short * width / height)), short
-
-
-def random_crop(width: int, height: int, *, size: int, draws: NDArray[np.float64]) -> View:
-    """A square of `size` from anywhere in the image at short side size / 0.875 (256 for 224: the 2012 paper)."""
-    w, h = short_side(width, height, short=max(size, round(size / 0.875)))
-    u, v = draws[:2].tolist()
-    return View(0, 0, width, height, w, h, int(u * (w - size + 1)), int(v * (h - size + 1)))
-
-
-def center(width: int, height: int, *, size: int) -> View:
-    """The central square of `size` at short side size / 0.875: Resize(256) and CenterCrop(224) for size 224."""
-    w, h = short_side(width, height, short=max(size, round(size / 0.875)))
-    return View(0, 0, width, height, w, h, round((w - size) / 2), round((h - size) / 2))
-
-
-def squash(width: int, height: int, *, size: int) -> View:
-    """The whole image, squashed to a square."""
-    return View(0, 0, width, height, size, size, 0, 0)
-
-
-# --- decoders ---------------------------------------------------------------------------------------------------
+class NotForThis(Exception):
+    """A JPEG library declines, or warns: Pillow then decodes the image, or says what is wrong with it."""
 
 
 class Decoder(Protocol):
@@ -114,32 +58,53 @@ class Decoder(Protocol):
         ...
 
 
+class JpegLibrary(Protocol):
+    """What a JPEG library is asked for; calls may come from any number of threads."""
+
+    name: str
+    version: str
+
+    def size(self, data: bytes) -> tuple[int, int]:
+        """Width and height of a grey or YCbCr JPEG. Raises NotForThis."""
+        ...
+
+    def pixels(self, data: bytes, view: View, *, parts: int, channels: int) -> tuple[U8, Box]:
+        """uint8 [h, w, channels], which may be overwritten by the thread's next call, and where in it the view's box
+        lies. A library that can decodes at the smallest fraction that leaves `parts` times the pixels that are shown,
+        each way. Raises NotForThis."""
+        ...
+
+
 class PillowDecoder:
-    """Full decode of whatever Pillow reads: the reference, and the way out for what others can't do."""
+    """Full decode of whatever Pillow reads, and for antialias its own resize: what the reference recipes compute."""
 
     name = "pillow"
-    version = PIL.__version__
+
+    def __init__(self, *, quality: Quality) -> None:
+        self.version = PIL.__version__ + ("" if quality == "antialias" else f"+{resize.VERSIONS[quality]}")
+        self._quality = quality
 
     def __call__(self, data: bytes, choose: ChooseView, out: U8) -> View:
         image = open_upright(data, channels=out.shape[-1])
         view = choose(*image.size)
-        _cut(image, view, (view.left, view.top, view.left + view.width, view.top + view.height), out)
+        box = (view.left, view.top, view.left + view.width, view.top + view.height)
+        if self._quality == "antialias" and not view.only_cut:
+            image = image.crop(box).resize((view.resized_width, view.resized_height), Image.Resampling.BILINEAR)
+            image = image.crop((view.x, view.y, view.x + out.shape[1], view.y + out.shape[0]))
+            out[...] = np.asarray(image).reshape(out.shape)
+        else:
+            pixels = np.array(image)
+            resize.place(pixels.reshape(*pixels.shape[:2], -1), box, view, out, quality=self._quality)
         return view
 
 
-class SimpleJpegDecoder:
-    """libjpeg-turbo through simplejpeg: decodes a JPEG at the smallest 1/2, 1/4 or 1/8 that has pixels to spare.
+class JpegDecoder:
+    """A JPEG library for plain upright JPEGs, and Pillow for the rest."""
 
-    "To spare" is twice those of the view each way: a decode to hardly more leaves the antialiasing to libjpeg, whose
-    pixels are sharper than the resize's (by 3/255 on average and up to 9/255 in photographs at 224, for no gain in
-    speed: 3/4, 5/8 and their kin are slower than a full decode).
-    """
-
-    name = "simplejpeg"
-    version = f"{simplejpeg.__version__}+pillow{PIL.__version__}"
-
-    def __init__(self) -> None:
-        self._other = PillowDecoder()
+    def __init__(self, library: JpegLibrary, *, quality: Quality) -> None:
+        self._library, self._quality, self._other = library, quality, PillowDecoder(quality=quality)
+        self.name = library.name
+        self.version = f"{library.version}+{resize.VERSIONS[quality]}+pillow{PIL.__version__}"
 
     def __call__(self, data: bytes, choose: ChooseView, out: U8) -> View:
         # Pillow takes what isn't a plain upright JPEG, and judges what libjpeg only warns of.
@@ -147,22 +112,38 @@ class SimpleJpegDecoder:
             return self._other(data, choose, out)
         _check_end(data)
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            width, height = self._library.size(data)
             _check_size(width, height)
-            if colours in ("CMYK", "YCCK"):
-                return self._other(data, choose, out)
             view = choose(width, height)
-            pixels = simplejpeg.decode_jpeg(
-                data, colorspace="GRAY" if out.shape[-1] == 1 else "RGB", min_factor=2,
-                min_width=min(width, math.ceil(2 * width * view.resized_width / view.width)),
-                min_height=min(height, math.ceil(2 * height * view.resized_height / view.height)))
-        except ValueError:
+            pixels, box = self._library.pixels(data, view, parts=PARTS[self._quality], channels=out.shape[-1])
+        except NotForThis:
             return self._other(data, choose, out)
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        across, down = image.width / width, image.height / height
-        _cut(image, view, (view.left * across, view.top * down,
-                           (view.left + view.width) * across, (view.top + view.height) * down), out)
+        resize.place(pixels, box, view, out, quality=self._quality)
         return view
+
+
+def create_decoder(name: str, *, quality: Quality = "antialias") -> Decoder:
+    """The decoder of a recipe's `data.decoder` and `augment.resize`; auto is the quickest of those installed.
+
+    nvimgcodec is never chosen by itself: its package comes on NVIDIA's own terms. UserError where it isn't installed.
+    """
+    if name not in ("auto", *NAMES):
+        raise UserError(f"data.decoder must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}, got '{name}'.")
+    if name == "pillow":
+        return PillowDecoder(quality=quality)
+    from alexnet_ddp.data import jpeg
+
+    if name == "auto":
+        name = "turbojpeg" if jpeg.turbojpeg_is_there() else "simplejpeg"
+    if name in ("nvimgcodec", "torchcodec") and importlib.util.find_spec(
+            "nvidia.nvimgcodec" if name == "nvimgcodec" else name) is None:
+        package = "alexnet-ddp[nvimgcodec]" if name == "nvimgcodec" else "torchcodec"
+        raise UserError(f"data.decoder={name} isn't installed here. Install it (pip install '{package}'), or use "
+                        "data.decoder=auto in a new run.")
+    return JpegDecoder(jpeg.open_library(name, fast=quality == "fast"), quality=quality)
+
+
+# --- what the bytes say of themselves ------------------------------------------------------------------------------
 
 
 def _upright(data: bytes) -> bool:
@@ -189,8 +170,10 @@ def _header(data: bytes) -> bytes:
 
 def _check_end(data: bytes) -> None:
     """A JPEG whose tail was never written, so that it is zeros, decodes to a grey lower half without a word."""
+    if data[-2:] == b"\xff\xd9" or data[:2] != b"\xff\xd8":
+        return
     header = _header(data)
-    if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9", len(header) if len(header) < len(data) else 2) < 0:
+    if data.rfind(b"\xff\xd9", len(header) if len(header) < len(data) else 2) < 0:
         raise DamagedImage("image file is truncated (there is no end marker)")
 
 
@@ -219,23 +202,3 @@ def open_upright(data: bytes, *, channels: int) -> Image.Image:
     except Exception as error:  # Pillow raises a dozen kinds for bad bytes
         what = "no bytes" if not data else str(error).replace(repr(io.BytesIO), "") or type(error).__name__
         raise DamagedImage("not a JPEG or PNG" if "cannot identify image" in what else what) from None
-
-
-def _cut(image: Image.Image, view: View, box: tuple[float, float, float, float], out: U8) -> None:
-    """Antialiased bilinear resize of `box` of the image, cut to the view's square, into the slot."""
-    if box != (0, 0, *image.size) or image.size != (view.resized_width, view.resized_height):
-        image = image.resize((view.resized_width, view.resized_height), Image.Resampling.BILINEAR, box=box)
-    pixels = np.asarray(image)
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    size = out.shape[0]
-    out[...] = pixels[view.y:view.y + size, view.x:view.x + size]
-
-
-def create_decoder(name: str) -> Decoder:
-    """The decoder of a recipe's `data.decoder`; auto is the quickest of those installed."""
-    if name in ("auto", "simplejpeg"):
-        return SimpleJpegDecoder()
-    if name == "pillow":
-        return PillowDecoder()
-    raise UserError(f"data.decoder must be auto, simplejpeg or pillow, got '{name}'.")

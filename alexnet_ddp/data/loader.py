@@ -1,9 +1,9 @@
 """Decode threads that fill preallocated uint8 batch slots ahead of the step.
 
 One feeder thread walks the order, draws what is random and hands chunks of images to the decode threads; they write
-straight into the slots of a bounded pool. There are no worker processes, no collation and no floats on the host.
-Batches come out in order. A slot returns to the pool once the event of its copy to the device has happened. Every
-error surfaces in the loop that takes the batches.
+straight into the slots of a bounded pool: JPEG stages decoded, cropped and resized, raw stages as they are stored.
+There are no worker processes, no collation and no floats on the host. Batches come out in order. A slot returns to the
+pool once the event of its copy to the device has happened. Every error surfaces in the loop that takes the batches.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexnet_ddp.data.decode import ChooseView, DamagedImage, Decoder
-from alexnet_ddp.data.index import Index
+from alexnet_ddp.data.decode import DamagedImage, Decoder
 from alexnet_ddp.data.randomness import Draws
-from alexnet_ddp.data.records import StoredRecords
+from alexnet_ddp.data.records import Records
+from alexnet_ddp.data.views import ChooseView
 from alexnet_ddp.errors import Unreadable, UserError
 
 CHUNK = 16  # images a task: makes the pool's dispatch cost (25 us) vanish beside the decoding
@@ -46,6 +46,14 @@ class Work:
     mask: NDArray[np.bool_] | None = None  # evaluation: rows that count (the rest is padding)
 
 
+class Resident(Protocol):
+    """What the device keeps of the records (device_cache); asked in the order of the batches."""
+
+    def absent(self, samples: I64) -> NDArray[np.bool_]:
+        """Which of a batch's samples must be sent: bool [n]."""
+        ...
+
+
 class Event(Protocol):
     """The end of a copy out of a slot (torch.cuda.Event has this shape)."""
 
@@ -54,7 +62,7 @@ class Event(Protocol):
 
 @dataclass
 class Slot:
-    """Memory for one micro-batch: uint8 [rows, size, size, channels], pinned where a GPU reads it."""
+    """Memory for one micro-batch: uint8 [rows, height, width, channels], pinned where a GPU reads it."""
 
     images: torch.Tensor
     views: NDArray[np.int32]  # [rows, 8], as View.numbers()
@@ -63,12 +71,13 @@ class Slot:
 class SlotPool:
     """A fixed number of slots; `take` waits for one that is free and whose last copy has happened."""
 
-    def __init__(self, count: int, *, rows: int, size: int, channels: int, pin: bool) -> None:
+    def __init__(self, count: int, *, rows: int, shape: tuple[int, int, int], pin: bool) -> None:
+        self.waited = 0.0  # seconds for copies out of slots
         self._free: deque[tuple[Slot, Event | None]] = deque()
         self._changed = threading.Condition()
         self._closed = False
         for _ in range(count):
-            images = torch.empty((rows, size, size, channels), dtype=torch.uint8, pin_memory=pin)
+            images = torch.empty((rows, *shape), dtype=torch.uint8, pin_memory=pin)
             self._free.append((Slot(images, np.zeros((rows, 8), np.int32)), None))
 
     def take(self) -> Slot | None:
@@ -79,7 +88,9 @@ class SlotPool:
                 return None
             slot, copied = self._free.popleft()
         if copied is not None:
+            began = time.perf_counter()
             copied.synchronize()
+            self.waited += time.perf_counter() - began
         return slot
 
     def give_back(self, slot: Slot, copied: Event | None) -> None:
@@ -96,46 +107,76 @@ class SlotPool:
 
 @dataclass
 class Batch:
-    """A finished micro-batch on the host. Give the slot back through `release`, with the event of its copy."""
+    """A finished micro-batch on the host. Give the slot back through `release`, with the event of its copy.
+
+    `sent` [m] are the rows whose images are in the slot, in order: all n, but for those that the device keeps.
+    """
 
     work: Work
     slot: Slot
     labels: I64
+    sent: I64
     _pool: SlotPool
 
     @property
     def images(self) -> torch.Tensor:
-        """uint8 [n, size, size, channels], on the host."""
-        return self.slot.images[: len(self.work.samples)]
+        """uint8 [m, height, width, channels], on the host."""
+        return self.slot.images[: len(self.sent)]
 
     @property
     def views(self) -> NDArray[np.int32]:
+        """int32 [n, 8], as View.numbers()."""
         return self.slot.views[: len(self.work.samples)]
 
     def release(self, copied: Event | None = None) -> None:
         self._pool.give_back(self.slot, copied)
 
 
+@dataclass(frozen=True)
+class Times:
+    """Seconds so far. `waiting`: the step for data; `copying`: the feeder for copies out of slots; the others are sums
+    over all decode threads, and reading includes bringing a record to its stage."""
+
+    waiting: float = 0.0
+    reading: float = 0.0
+    decoding: float = 0.0
+    copying: float = 0.0
+
+    def __sub__(self, before: Times) -> Times:
+        return Times(self.waiting - before.waiting, self.reading - before.reading, self.decoding - before.decoding,
+                     self.copying - before.copying)
+
+
 class Loader:
     """Makes the batches of a sequence of works, in order, `prefetch` of them ahead.
 
-        with Loader(index, decoder, ...) as loader:
+        with Loader(records, labels, decoder, ...) as loader:
             for batch in loader.run(works):
                 ...
                 batch.release(event)
 
-    Raises UserError for a damaged image (names the file, the offset and the sample), when that batch's turn comes.
+    `labels` [samples of the data set]; `shape` is (height, width, channels) of an image in a slot: what the decoder is
+    to make, or for raw stages the records' own width and channels, with all of their rows or, where every view only
+    cuts, with as many as a view has. Raises UserError for a damaged image (names the file, the offset and the sample),
+    when that batch's turn comes.
     """
 
-    def __init__(self, index: Index, decoder: Decoder, *, rows: int, size: int, channels: int, threads: int,
-                 prefetch: int, stored: str = "original", pin: bool = False) -> None:
-        self._index, self._decoder, self._records = index, decoder, StoredRecords(index, stored)
+    def __init__(self, records: Records, labels: NDArray[np.int32], decoder: Decoder, *, rows: int,
+                 shape: tuple[int, int, int], threads: int, prefetch: int, pin: bool = False,
+                 resident: Resident | None = None) -> None:
+        self._records, self._labels, self._decoder, self._resident = records, labels, decoder, resident
+        self._fill = self._copy if records.stage.kind == "raw" else self._decode
         self._pool_of_threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._slots = SlotPool(prefetch + 1, rows=rows, size=size, channels=channels, pin=pin)
+        self._slots = SlotPool(prefetch + 1, rows=rows, shape=shape, pin=pin)
         self._ready: queue.Queue[tuple[Batch, list[Future[None]]] | BaseException | None] = queue.Queue(prefetch)
         self._closing = threading.Event()
         self._feeder: threading.Thread | None = None
-        self.waited = 0.0  # seconds that `run` has waited for data so far
+        self._waited = self._reading = self._decoding = 0.0  # seconds, as in Times
+        self._counting = threading.Lock()
+
+    @property
+    def times(self) -> Times:
+        return Times(self._waited, self._reading, self._decoding, self._slots.waited)
 
     def __enter__(self) -> Loader:
         return self
@@ -158,7 +199,7 @@ class Loader:
             batch, chunks = item
             for chunk in chunks:
                 chunk.result()
-            self.waited += time.perf_counter() - started
+            self._waited += time.perf_counter() - started
             yield batch
 
     def _feed(self, works: Iterator[Work]) -> None:
@@ -168,7 +209,10 @@ class Loader:
                 if slot is None:
                     return
                 assert len(work.samples) <= slot.images.shape[0]
-                batch = Batch(work, slot, self._index.labels[work.samples].astype(np.int64), self._slots)
+                sent = np.arange(len(work.samples))
+                if self._resident is not None:
+                    sent = sent[self._resident.absent(work.samples)]
+                batch = Batch(work, slot, self._labels[work.samples].astype(np.int64), sent, self._slots)
                 chunks = [self._pool_of_threads.submit(self._fill, batch, first)
                           for first in range(0, len(work.samples), CHUNK)]
                 self._put((batch, chunks))
@@ -182,25 +226,65 @@ class Loader:
                 self._ready.put(item, timeout=0.2)
                 return
 
-    def _fill(self, batch: Batch, first: int) -> None:
-        pixels = batch.slot.images.numpy()
-        for row in range(first, min(first + CHUNK, len(batch.work.samples))):
+    def _decode(self, batch: Batch, first: int) -> None:
+        """A chunk of a batch whose records are encoded images."""
+        assert len(batch.sent) == len(batch.work.samples)
+        pixels, mask = batch.slot.images.numpy(), batch.work.mask
+        reading = decoding = 0.0
+        rows = range(first, min(first + CHUNK, len(batch.work.samples)))
+        for row in rows:
             if self._closing.is_set():
                 return
-            if batch.work.mask is not None and not batch.work.mask[row]:
+            if mask is not None and not mask[row]:
                 pixels[row] = 0
                 continue
             sample = int(batch.work.samples[row])
+            began = time.perf_counter()
             try:
                 data = self._records.read(sample)
+                read = time.perf_counter()
                 view = self._decoder(data, batch.work.choose(row), pixels[row])
-            except DamagedImage as error:
-                raise UserError(f"Damaged image: {self._index.where(sample)} (sample {sample}): {error}.\n"
-                                f"Replace or remove that file and start again.") from None
-            except OSError as error:
-                raise Unreadable(f"Can't read {self._index.where(sample)} (sample {sample}): "
-                                 f"{error.strerror or error}.") from None
+            except (DamagedImage, OSError) as error:
+                raise self._named(error, sample) from None
+            reading, decoding = reading + read - began, decoding + time.perf_counter() - read
             batch.slot.views[row] = view.numbers()
+        self._count(reading=reading, decoding=decoding)
+
+    def _copy(self, batch: Batch, first: int) -> None:
+        """A chunk of a batch of raw records: the device makes the views."""
+        pixels, side = batch.slot.images.numpy(), self._records.stage.pixels
+        began, height = time.perf_counter(), pixels.shape[1]
+        last = min(first + CHUNK, len(batch.work.samples))
+        at = int(np.searchsorted(batch.sent, first))  # of the chunk's first image in the slot
+        for row in range(first, last):
+            if self._closing.is_set():
+                return
+            view = batch.work.choose(row)(side, side)
+            batch.slot.views[row] = view.numbers()
+            if at == len(batch.sent) or batch.sent[at] != row:
+                continue  # the device has it
+            sample, out = int(batch.work.samples[row]), pixels[at]
+            at += 1
+            if batch.work.mask is not None and not batch.work.mask[row]:
+                out[...] = 0
+                continue
+            assert height == side or (view.only_cut and view.top == 0)
+            try:
+                self._records.read_into(sample, out, view.y * out[0].nbytes if height < side else 0)
+            except (DamagedImage, OSError) as error:
+                raise self._named(error, sample) from None
+        self._count(reading=time.perf_counter() - began)
+
+    def _count(self, *, reading: float, decoding: float = 0.0) -> None:
+        with self._counting:
+            self._reading, self._decoding = self._reading + reading, self._decoding + decoding
+
+    def _named(self, error: DamagedImage | OSError, sample: int) -> Exception:
+        """The same, saying which sample it was."""
+        place = f"{self._records.where(sample)} (sample {sample})"
+        if isinstance(error, DamagedImage):
+            return UserError(f"Damaged image: {place}: {error}.\nReplace or remove that file and start again.")
+        return Unreadable(f"Can't read {place}: {error.strerror or error}.")
 
     def close(self) -> None:
         """Stops and joins all threads; what was decoded ahead is dropped."""

@@ -20,7 +20,8 @@ import PIL
 import simplejpeg
 from PIL import Image
 
-from alexnet_ddp.data.decode import open_upright, short_side
+from alexnet_ddp.data.decode import open_upright
+from alexnet_ddp.data.views import short_side
 
 PATTERN = r"^(original|(short|max|raw)[1-9][0-9]{1,3})$"  # what data.stored and `data pack --stage` accept
 QUALITY = 90  # of JPEG stages

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet_ddp.config import Config
-from alexnet_ddp.data import decode
-from alexnet_ddp.data.decode import ChooseView, View
+from alexnet_ddp.data import views
 from alexnet_ddp.data.index import Index, check_pair, open_index
 from alexnet_ddp.data.loader import Work, micro_batches
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.randomness import Draws, draw
+from alexnet_ddp.data.views import ChooseView, View
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.sections import AugmentSection
 
@@ -71,12 +71,12 @@ def training_view(section: AugmentSection, draws: Draws | None, row: int) -> Cho
     def choose(width: int, height: int) -> View:
         if section.crop == "random_resized":
             assert draws is not None
-            return decode.random_resized(width, height, size=section.size, draws=draws.crop[row],
+            return views.random_resized(width, height, size=section.size, draws=draws.crop[row],
                                          scale=section.scale, ratio=section.ratio)
         if section.crop == "random":
             assert draws is not None
-            return decode.random_crop(width, height, size=section.size, draws=draws.crop[row])
-        return (decode.center if section.crop == "center" else decode.squash)(width, height, size=section.size)
+            return views.random_crop(width, height, size=section.size, draws=draws.crop[row])
+        return (views.center if section.crop == "center" else views.squash)(width, height, size=section.size)
 
     return choose
 

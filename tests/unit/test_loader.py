@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 
 import harness
 from alexnet_ddp.config import build
-from alexnet_ddp.data import decode
-from alexnet_ddp.data.decode import ChooseView, DamagedImage, View, create_decoder
+from alexnet_ddp.data import decode, views
+from alexnet_ddp.data.decode import DamagedImage, create_decoder
 from alexnet_ddp.data.index import Index, open_index
 from alexnet_ddp.data.loader import CHUNK, Batch, Loader, SlotPool, Work, decode_threads, micro_batches
 from alexnet_ddp.data.order import Order
+from alexnet_ddp.data.records import Records, StoredRecords
+from alexnet_ddp.data.stages import Stage
 from alexnet_ddp.data.training import Data, has_single_samples, largest_part, training_works
+from alexnet_ddp.data.views import ChooseView, View
 from alexnet_ddp.errors import Unreadable, UserError
 
 SIZE = 8
@@ -31,7 +34,7 @@ class Samples:
     """An index whose sample i is one byte, i; `broken` ones can't be read or decoded."""
 
     def __init__(self, count: int, *, broken: dict[int, Exception] | None = None) -> None:
-        self.labels = np.arange(count, dtype=np.int32) % 5
+        self.labels, self.stage = np.arange(count, dtype=np.int32) % 5, Stage("original")
         self.broken = broken or {}
 
     def read(self, sample: int) -> bytes:
@@ -71,8 +74,8 @@ def works(*parts: list[int]) -> Iterator[Work]:
 
 def loader(samples: Samples, decoder: decode.Decoder | None = None, *, rows: int = 40, threads: int = 2,
            prefetch: int = 3) -> Loader:
-    return Loader(cast(Index, samples), decoder or Painter(), rows=rows, size=SIZE, channels=3, threads=threads,
-                  prefetch=prefetch)
+    return Loader(cast(Records, samples), samples.labels, decoder or Painter(), rows=rows, shape=(SIZE, SIZE, 3),
+                  threads=threads, prefetch=prefetch)
 
 
 @pytest.fixture(autouse=True)
@@ -232,7 +235,7 @@ def test_bounded_prefetch() -> None:
 
 def test_closed_pool_gives_nothing() -> None:
     """A closed pool wakes who waits and gives no slot, also when one comes back afterwards."""
-    pool = SlotPool(1, rows=1, size=SIZE, channels=3, pin=False)
+    pool = SlotPool(1, rows=1, shape=(SIZE, SIZE, 3), pin=False)
     slot = pool.take()
     assert slot is not None
     got: list[object] = []
@@ -277,10 +280,11 @@ def test_damaged_file_in_a_folder(tmp_path: Path) -> None:
         sample, = (number for number in range(6) if index.name(number).endswith("00004"))
 
         def choose(_: int) -> ChooseView:
-            return lambda width, height: decode.squash(width, height, size=SIZE)
+            return lambda width, height: views.squash(width, height, size=SIZE)
 
         for decoder in (create_decoder("auto"), create_decoder("pillow")):
-            with Loader(index, decoder, rows=6, size=SIZE, channels=3, threads=2, prefetch=2) as load:
+            with Loader(StoredRecords(index, "original"), index.labels, decoder, rows=6, shape=(SIZE, SIZE, 3),
+                        threads=2, prefetch=2) as load:
                 parts = [[number for number in range(6) if number != sample], [sample]]
                 batches = load.run(Work(step, 0, 1, np.array(part), choose) for step, part in enumerate(parts))
                 next(batches).release()
@@ -347,7 +351,7 @@ def test_waiting_is_counted() -> None:
         threading.Timer(0.05, gate.set).start()
         for batch in load.run(works([1], [2])):
             batch.release()
-        assert load.waited > 0.02
+        assert load.times.waiting > 0.02
 
 
 # --- a run's works ----------------------------------------------------------------------------------------------

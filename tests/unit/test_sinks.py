@@ -216,8 +216,8 @@ def test_traces_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
 def test_console_prints_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """Off a terminal, progress and evaluations are whole lines without carriage returns."""
     console = Console(total_steps=100)
-    console.train({**train(50), "top1": 0.25, "lr": 0.01, "images_per_second": 99.6, "data_wait": 0.5},
-                  seconds_per_step=2.0)
+    console.train({**train(50), "top1": 0.25, "lr": 0.01, "images_per_second": 99.6, "data_wait": 0.5,
+                   "binds": "decode"}, seconds_per_step=2.0)
     console.evaluate({**evaluation(50), "correct1": 5, "samples": 10, "top5": 1.0, "loss": 0.5, "seconds": 1.0})
     out = capsys.readouterr().out
     assert "\r" not in out and "\x1b" not in out

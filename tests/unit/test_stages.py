@@ -48,7 +48,8 @@ def test_stages() -> None:
 
 def test_max_never_enlarges() -> None:
     """maxN bounds the longer side and leaves smaller images at their size."""
-    for size, side, expected in (((400, 300), 200, (200, 150)), ((120, 90), 200, (120, 90)), ((90, 400), 200, (45, 200))):
+    for size, side, expected in (((400, 300), 200, (200, 150)), ((120, 90), 200, (120, 90)),
+                                 ((90, 400), 200, (45, 200))):
         made = Image.open(io.BytesIO(to_stage(encoded(photograph(*size)), Stage("max", side))))
         assert made.size == expected
 

@@ -1,0 +1,170 @@
+"""libjpeg-turbo 3's own interface (TurboJPEG), by ctypes: decodes a region of a JPEG, at a fraction, without the GIL.
+
+No Python package offers both. The shared library is looked for, in this order: where $ALEXNET_DDP_TURBOJPEG points,
+in the package `turbojpeg` (the extra `region`), in this environment (conda's libjpeg-turbo), on the system. Older
+libraries, without tj3SetCroppingRegion, are passed over.
+
+Functions and constants: turbojpeg.h of libjpeg-turbo 3.0, https://libjpeg-turbo.org/Documentation/Documentation
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import functools
+import glob
+import hashlib
+import importlib.util
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+U8 = NDArray[np.uint8]
+
+DECOMPRESS = 1  # TJINIT_DECOMPRESS
+SUBSAMPLING, WIDTH, HEIGHT, COLOURS, FAST_UPSAMPLE, FAST_DCT = 4, 5, 6, 8, 9, 10  # TJPARAM_*
+RGB, GREY = 0, 6  # TJPF_*
+CMYK, YCCK = 3, 4  # TJCS_*
+MCU = {0: (8, 8), 1: (16, 8), 2: (16, 16), 3: (8, 8), 4: (8, 16), 5: (32, 8), 6: (8, 32)}  # TJSAMP_* -> pixels
+MARGIN = 2  # pixels beside a region whose colours take part in the upsampling of those in it
+
+
+class Declined(Exception):
+    """The library can't decode an image, or warns of it."""
+
+
+class _Region(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_int), ("y", ctypes.c_int), ("w", ctypes.c_int), ("h", ctypes.c_int)]
+
+
+class _Factor(ctypes.Structure):
+    _fields_ = [("num", ctypes.c_int), ("denom", ctypes.c_int)]
+
+
+@functools.cache
+def find_library() -> str | None:
+    """Path (or the loader's name) of a library with the TurboJPEG 3 interface, None where there is none."""
+    for path in _candidates():
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(path).tj3SetCroppingRegion  # noqa: B018
+            return path
+    return None
+
+
+def _candidates() -> Iterator[str]:
+    if named := os.environ.get("ALEXNET_DDP_TURBOJPEG"):
+        yield named
+    with contextlib.suppress(ImportError, ValueError):
+        package = importlib.util.find_spec("turbojpeg")
+        if package is not None and package.origin:
+            yield from sorted(glob.glob(os.path.join(os.path.dirname(package.origin), "turbojpeg.libs",
+                                                     "libturbojpeg*")))
+    yield from sorted(glob.glob(os.path.join(sys.prefix, "lib", "libturbojpeg.*")))
+    if found := ctypes.util.find_library("turbojpeg"):
+        yield found
+
+
+class TurboJpegLibrary:
+    """One decompressor a thread; safe from any number of threads."""
+
+    def __init__(self, *, fast: bool) -> None:
+        path = find_library()
+        if path is None:
+            raise _absent()
+        self._fast, self._of_thread = fast, threading.local()
+        self._tj = tj = ctypes.CDLL(path)
+        handle, data, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
+        tj.tj3Init.restype, tj.tj3Init.argtypes = handle, [ctypes.c_int]
+        tj.tj3Destroy.restype, tj.tj3Destroy.argtypes = None, [handle]
+        tj.tj3Set.argtypes = [handle, ctypes.c_int, ctypes.c_int]
+        tj.tj3Get.argtypes = [handle, ctypes.c_int]
+        tj.tj3DecompressHeader.argtypes = [handle, data, size]
+        tj.tj3SetCroppingRegion.argtypes = [handle, _Region]
+        tj.tj3SetScalingFactor.argtypes = [handle, _Factor]
+        tj.tj3Decompress8.argtypes = [handle, data, size, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        tj.tj3GetErrorStr.restype, tj.tj3GetErrorStr.argtypes = data, [handle]
+        self.version = _fingerprint(path)
+
+    def read_header(self, data: bytes) -> tuple[int, int]:
+        """Width and height of a grey or YCbCr JPEG. Raises Declined."""
+        handle = self._handle()
+        self._check(self._tj.tj3DecompressHeader(handle, data, len(data)), handle)
+        if self._tj.tj3Get(handle, COLOURS) in (CMYK, YCCK):
+            raise Declined("CMYK")
+        return self._tj.tj3Get(handle, WIDTH), self._tj.tj3Get(handle, HEIGHT)
+
+    def decode(self, data: bytes, *, box: tuple[float, float, float, float], fraction: int, channels: int,
+               memory: Callable[[int, int, int], U8]) -> tuple[U8, int, int]:
+        """The part of a JPEG, decoded at 1 / fraction, that holds `box` (left, top, right, bottom in its pixels).
+
+        `memory` gives an array [h, w, channels] to decode into. Returns it, and the column and row of the decoded
+        image that it begins with. The values are those of a decode of the whole image. Raises Declined.
+        """
+        tj, handle = self._tj, self._handle()
+        self._check(tj.tj3DecompressHeader(handle, data, len(data)), handle)
+        mcu_width, mcu_height = MCU.get(tj.tj3Get(handle, SUBSAMPLING), (0, 0))
+        if not mcu_width:
+            raise Declined("unusual chroma subsampling")
+        width, height = -(-tj.tj3Get(handle, WIDTH) // fraction), -(-tj.tj3Get(handle, HEIGHT) // fraction)
+        step = max(1, mcu_width // fraction)  # a region begins where a block of the JPEG does
+        left = max(0, math.floor(box[0]) - MARGIN) // step * step
+        top = max(0, math.floor(box[1]) - MARGIN)
+        right = min(width, math.ceil(box[2]) + MARGIN)
+        bottom = min(height, math.ceil(box[3]) + MARGIN)
+        pixels = memory(bottom - top, right - left, channels)
+        self._check(tj.tj3SetCroppingRegion(handle, _Region(0, 0, 0, 0)), handle)  # the last image's must not bind
+        self._check(tj.tj3SetScalingFactor(handle, _Factor(1, fraction)), handle)
+        if (left, top, right, bottom) != (0, 0, width, height):
+            self._check(tj.tj3SetCroppingRegion(handle, _Region(left, top, right - left, bottom - top)), handle)
+        self._check(tj.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, (right - left) * channels,
+                                      RGB if channels == 3 else GREY), handle)
+        return pixels, left, top
+
+    def _handle(self) -> int:
+        owner: _Handle | None = getattr(self._of_thread, "owner", None)
+        if owner is None:
+            owner = self._of_thread.owner = _Handle(self._tj)
+            if self._fast:
+                self._tj.tj3Set(owner.number, FAST_UPSAMPLE, 1)
+                self._tj.tj3Set(owner.number, FAST_DCT, 1)
+        return owner.number
+
+    def _check(self, code: int, handle: int) -> None:
+        if code:
+            raise Declined(self._tj.tj3GetErrorStr(handle).decode(errors="replace"))
+
+
+class _Handle:
+    """A decompressor, destroyed with its thread."""
+
+    def __init__(self, tj: ctypes.CDLL) -> None:
+        self._tj = tj
+        self.number: int = tj.tj3Init(DECOMPRESS)
+        if not self.number:
+            raise MemoryError("libturbojpeg can't make a decompressor")
+
+    def __del__(self) -> None:
+        self._tj.tj3Destroy(self.number)
+
+
+def _fingerprint(path: str) -> str:
+    """The interface tells no version, so the file's own bytes do: 12 hex digits of its sha256."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()[:12]
+    except OSError:  # a bare name, which the system's loader finds
+        return path
+
+
+def _absent() -> Exception:
+    from alexnet_ddp.errors import UserError
+
+    return UserError("data.decoder=turbojpeg needs libjpeg-turbo 3 or newer, which isn't here. Install it (pip "
+                     "install 'alexnet-ddp[region]', or conda's libjpeg-turbo), name the file in "
+                     "$ALEXNET_DDP_TURBOJPEG, or use data.decoder=auto in a new run.")
