@@ -1,70 +1,67 @@
-"""Our loader as the trainer uses it: index, order, draws, decode threads, slots taken and released. The flip is the
-device's, so no host work. Every installed decoder with both qualities of resize; the default one from every place."""
+"""Our loader as the trainer uses it: index, order, draws, decode threads, slots taken and released.
+
+Flips are the device's, so no host work; so are crops and resizes of raw records. Every installed decoder with both
+qualities of resize from a pack, the best free one also from a folder and from a tar in place.
+"""
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from alexnet_ddp.config import Config
-from alexnet_ddp.data.decode import Decoder, create_decoder
+from alexnet_ddp.data.decode import create_decoder
+from alexnet_ddp.data.feed import Feed, training_records
 from alexnet_ddp.data.index import open_index
-from alexnet_ddp.data.loader import Loader
 from alexnet_ddp.data.training import open_data, training_works
 from alexnet_ddp.errors import UserError
 from benchmarks.trial import Case, Data, Options
 
-NEEDS = ("alexnet_ddp", "torch", "numpy", "PIL", "simplejpeg", "cv2")
-DECODERS = ("turbojpeg", "nvimgcodec", "simplejpeg", "torchcodec", "pillow")
+NEEDS = ("alexnet_ddp", "torch", "numpy", "PIL", "simplejpeg", "cv2", "turbojpeg", "torchcodec")
+DECODERS = ("turbojpeg", "nvimgcodec", "simplejpeg", "torchcodec", "pillow")  # best first
 PLACES = ("pack", "folder", "tar")
-RESIZES = ("fast", "antialias")
-
-
-def decoder_of(name: str, resize: str) -> Decoder:
-    """Raises UserError where it isn't installed or doesn't know the resize."""
-    if "resize" in inspect.signature(create_decoder).parameters:
-        return create_decoder(name, resize=resize)
-    if resize != "antialias":
-        raise UserError("this version knows resize: antialias only")
-    return create_decoder(name)
+QUALITIES = ("fast", "antialias")
+STRIPS = "the 224 rows that each crop shows"
+WHOLE = "whole records, the device crops and resizes"
 
 
 def cases() -> list[Case]:
     found: list[Case] = []
     best = ""
     for decoder in DECODERS:
-        for resize in RESIZES:
+        for quality in QUALITIES:
             try:
-                made = decoder_of(decoder, resize)
+                made = create_decoder(decoder, quality=quality)  # type: ignore[arg-type]
             except (UserError, ImportError):
                 continue
             best = best or (decoder if decoder != "nvimgcodec" else "")
-            places = PLACES if decoder == best else ("pack",)
-            found += [Case(f"ours {decoder} {resize} {place}", "ours", ("original", "r256"), resize,
-                           f"{made.name} {made.version}", nvidia=decoder == "nvimgcodec",
-                           extra={"decoder": decoder, "place": place, "crop": "random_resized"}) for place in places]
-    found.append(Case("ours raw crop", "ours", ("raw256",), "none", "none: pixels", stored="raw256 pack",
-                      extra={"decoder": "auto", "place": "pack", "crop": "random", "resize": "antialias"}))
-    found += [Case(f"ours raw random-resized {resize}", "ours", ("raw256",), resize, "none: pixels",
-                   stored="raw256 pack", extra={"decoder": "auto", "place": "pack", "crop": "random_resized"})
-              for resize in RESIZES if best]
+            for place in PLACES if decoder == best else ("pack",):
+                found.append(Case(f"ours {decoder} {quality} {place}", "ours", ("original", "r256"), quality,
+                                  f"{made.name} {made.version}", nvidia=decoder == "nvimgcodec",
+                                  extra={"decoder": decoder, "place": place, "crop": "random_resized"}))
+    for cache in ("none", "ram"):
+        for crop, what in (("random", STRIPS), ("random_resized", WHOLE)):
+            found.append(Case(f"ours raw cache={cache} crop={crop}", "ours", ("raw256",), "none", "none: pixels",
+                              output=what, stored="raw256 pack",
+                              extra={"decoder": "auto", "place": "pack", "crop": crop, "cache": cache}))
     return found
 
 
 def config_of(case: Case, data: Data, options: Options) -> Config:
-    place = case.extra["place"]
-    where = {"folder": data.folder, "tar": data.tar, "pack": data.pack}[place]
+    where = {"folder": data.folder, "tar": data.tar, "pack": data.pack}[case.extra["place"]]
     if not where:
         raise UserError(f"there is no {data.name} pack")
     with open_index(where) as index:
         classes, stage = len(index.classes), index.stage
-    resize = case.extra.get("resize", case.resize)
+    quality = case.resize if case.resize in QUALITIES else "antialias"
     return Config.model_validate({
-        "name": "bench", "model": {"num_classes": classes},
-        "data": {"train": where, "stored": stage, "threads": options.threads, "decoder": case.extra["decoder"]},
-        "augment": {"crop": case.extra["crop"], "size": 224, "resize": resize},
+        "name": f"bench-{os.getpid()}", "runs": str(Path(options.work) / "runs"), "model": {"num_classes": classes},
+        "data": {"train": where, "stored": stage, "threads": options.threads, "decoder": case.extra["decoder"],
+                 "cache": case.extra.get("cache", "none"), "assignment": "owner"},
+        "augment": {"crop": case.extra["crop"], "size": 224, "resize": quality},
         "global_batch": options.batch, "micro_batch": options.batch, "epochs": 1_000_000})
 
 
@@ -73,17 +70,17 @@ def batches(case: Case, data: Data, options: Options) -> Iterator[int]:
     config = config_of(case, data, options)
     opened = open_data(config)
     try:
-        with make_loader(config, opened.train, decoder_of(config.data.decoder, config.augment.resize)) as loader:
-            for batch in loader.run(training_works(config, opened, first_step=0, rank=0, world=1)):
-                count = len(batch.work.samples)
-                batch.release()
-                yield count
+        decoder = create_decoder(config.data.decoder, quality=config.augment.resize)
+        records = training_records(config, opened, rank=0, world=1, neighbours=[0], say=print)
+        feed = Feed(config, records, opened.train.labels, decoder, crop=config.augment.crop,
+                    device=torch.device("cpu"), threads=options.threads)
+        try:
+            with feed.loader(rows=options.batch) as loader:
+                for batch in loader.run(training_works(config, opened, first_step=0, rank=0, world=1)):
+                    count = len(batch.work.samples)
+                    batch.release()
+                    yield count
+        finally:
+            feed.close(finished=True)
     finally:
         opened.close()
-
-
-def make_loader(config: Config, index: object, decoder: Decoder, *, pin: bool = False) -> Loader:
-    """As the trainer makes it."""
-    return Loader(index, decoder, rows=config.micro_batch, size=config.augment.size,  # type: ignore[arg-type]
-                  channels=config.model.in_channels, prefetch=config.data.prefetch, stored=config.data.stored,
-                  threads=int(config.data.threads), pin=pin)

@@ -41,7 +41,7 @@ from benchmarks.trial import Case, Data, Options
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("torchvision_folder", "torchvision_v2", "tfdata", "ffcv", "dali", "webdataset", "streaming", "litdata", "spdl")
 REFERENCE = "C limit sroi2_r"
-ROOFS = {"original": REFERENCE, "r256": REFERENCE, "raw256": "memcpy of the crops' bytes"}
+ROOFS = {"original": REFERENCE, "r256": REFERENCE, "raw256": "memcpy of strips"}
 
 
 class Absent(Exception):

@@ -1,0 +1,257 @@
+"""What measured speeds and sizes mean for training: pure, facts in, findings out, advice in the order to try it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+ASSUMED_GPU_RATE = 60_000.0  # img/s that AlexNet's training step may take on one modern GPU; not measured by us
+UNSTEADY = 0.25  # share of its median by which a speed's pieces may lie apart before it is worth a word
+SCALES = 0.7  # of cores times one core's rate: below, something else limits or takes the cores
+RAW = ("raw256", "raw160")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images a second: the median of `pieces` measurements, the least and the most of them."""
+
+    median: float
+    least: float
+    most: float
+    pieces: int
+
+    @property
+    def unsteady(self) -> bool:
+        return self.pieces > 1 and self.most - self.least > 2 * UNSTEADY * self.median
+
+    def __str__(self) -> str:
+        spread = f" ({self.least:,.0f} to {self.most:,.0f}, n={self.pieces})" if self.pieces > 1 else " (n=1)"
+        return f"{self.median:,.0f} images/s{spread}"
+
+
+@dataclass(frozen=True)
+class Room:
+    """Free bytes for a cache, and where."""
+
+    free: int
+    place: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was measured, or assumed. Sizes in bytes, rates in images a second."""
+
+    where: str
+    kind: str  # folder | tar | shards | pack, as the index says
+    stage: str  # what is stored there
+    samples: int
+    record_bytes: float  # mean over the records that were read
+    cores: int
+    threads: int
+    decoder: str  # name, version and resize; for raw stages the copy
+    warm: Speed  # random reads of records, from the page cache
+    cold: Speed | None  # the same after the kernel was told to forget them; None: it can't be told here
+    still_cached: float | None  # share of the records that were in memory all the same; None: unknown
+    one_thread: Speed  # records in the page cache -> batches, the whole loader
+    all_threads: Speed
+    sizes: dict[str, int]  # stage -> bytes of the whole set
+    packed: Speed | None = None  # all_threads if the set were packed as short256, from a converted sample
+    disk: Room | None = None
+    ram: Room | None = None
+    gpu_memory: int = 0  # bytes free over all GPUs
+    gpus: int = 0  # here
+    gpu_rate: float = ASSUMED_GPU_RATE
+    gpu_rate_from: Literal["measured", "given", "assumed"] = "assumed"
+    recipe_threads: int | None = None  # data.threads of the recipe, where it is a number
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def supply(self) -> float:
+        """Images a second that a first pass gets: the slower of storage and loader."""
+        storage = self.cold.median if self.cold is not None else self.warm.median
+        return min(storage, self.all_threads.median)
+
+    @property
+    def storage_binds(self) -> bool:
+        return self.cold is not None and self.cold.median < self.all_threads.median
+
+    @property
+    def wanted(self) -> float:
+        """Images a second that the GPUs here take; one GPU's where there is none."""
+        return self.gpu_rate * max(1, self.gpus)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a fact means, and what to do because of it ("" for nothing)."""
+
+    level: Literal["ok", "note", "warn"]
+    topic: str
+    meaning: str
+    advice: str = ""
+
+
+ok, note, warn = partial(Finding, "ok"), partial(Finding, "note"), partial(Finding, "warn")
+
+
+def findings(facts: Facts) -> list[Finding]:
+    """All that is to be said: what there is, how quick it is, what fits, what binds, what to do."""
+    return [found for part in (_storage, _decode, _caches, _feeds, _advice) for found in part(facts)]
+
+
+# --- speeds ---------------------------------------------------------------------------------------------------------
+
+
+def _storage(facts: Facts) -> Iterator[Finding]:
+    size = facts.record_bytes
+    if facts.cold is None:
+        yield note("storage", f"reads from memory alone were measured: {facts.warm}. The kernel can't be made to "
+                   "forget these files here (tmpfs, or a file system that keeps its own cache), so that nothing is "
+                   "known of a first pass.")
+    else:
+        told = (f"first reads {facts.cold}, {_megabytes(facts.cold.median * size)} by {facts.threads} threads, records "
+                f"of {size / 1000:,.1f} kB at random; from memory {facts.warm}.")
+        if facts.still_cached is not None and facts.still_cached > 0.05:
+            yield note("storage", f"{told} {facts.still_cached:.0%} of the records were still in memory: the first "
+                       "rate is too high.", "on a quiet machine, or on files that no other process reads")
+        else:
+            yield ok("storage", f"{told} What the disk or its server keeps in a cache of its own can't be seen.")
+    if any(speed is not None and speed.unsteady for speed in (facts.cold, facts.all_threads)):
+        yield note("noise", f"speeds vary by more than {UNSTEADY:.0%} about their medians: other work on this machine "
+                   "or its storage.", "the same command again when it is quiet, with --seconds 20")
+
+
+def _decode(facts: Facts) -> Iterator[Finding]:
+    one, every = facts.one_thread, facts.all_threads
+    meaning = f"{facts.decoder}: {one} on one thread, {every} on {facts.threads}."
+    if facts.threads > 1 and every.median < SCALES * one.median * min(facts.threads, facts.cores):
+        yield warn("decoding", f"{meaning} That is {every.median / one.median:.1f} times one thread's on {facts.cores} "
+                   "cores: other processes take them, or memory limits.",
+                   "look at `top`; ask for whole cores (--cpus-per-task) under Slurm")
+    else:
+        yield ok("decoding", meaning)
+    if facts.recipe_threads is not None and facts.recipe_threads < facts.cores:
+        yield warn("data.threads", f"the recipe decodes with {facts.recipe_threads} threads, this process may use "
+                   f"{facts.cores} cores.", "data.threads=auto")
+
+
+# --- what fits ------------------------------------------------------------------------------------------------------
+
+
+def _caches(facts: Facts) -> Iterator[Finding]:
+    for kind, room in _rooms(facts):
+        fits = [f"{stage} ({gigabytes(size)})" for stage, size in facts.sizes.items() if size <= room.free]
+        lacks = [f"{stage} ({gigabytes(size)})" for stage, size in facts.sizes.items() if size > room.free]
+        told = f"{gigabytes(room.free)} free in {room.place}: " + (f"{', '.join(fits)} would fit" if fits else
+                                                                   "nothing of this set would fit")
+        if lacks:
+            told += f"{'; ' + ', '.join(lacks) + ' would not' if fits else ' (' + ', '.join(lacks) + ')'}"
+        yield ok(f"cache {kind}", told + ".")
+
+
+def _rooms(facts: Facts) -> Iterator[tuple[str, Room]]:
+    if facts.disk is not None:
+        yield "disk", facts.disk
+    if facts.ram is not None:
+        yield "ram", facts.ram
+    if facts.gpu_memory:
+        yield "gpu", Room(facts.gpu_memory, f"the memory of {facts.gpus} GPU{'s' if facts.gpus > 1 else ''}")
+
+
+def fits(facts: Facts, kind: str, stage: str) -> bool:
+    """Whether the whole set in a stage goes into a cache of this node."""
+    return stage in facts.sizes and any(name == kind and facts.sizes[stage] <= room.free
+                                        for name, room in _rooms(facts))
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def _feeds(facts: Facts) -> Iterator[Finding]:
+    source = {"measured": "measured on this machine's GPU", "given": "as given by --gpu-rate, not measured",
+              "assumed": "an assumption, not measured: --gpu-rate says otherwise"}[facts.gpu_rate_from]
+    demand = f"one GPU takes {facts.gpu_rate:,.0f} images/s ({source})"
+    feeds = facts.supply / facts.gpu_rate
+    told = f"{facts.supply:,.0f} images/s are enough for {feeds:.2g} GPU{'' if feeds == 1 else 's'}; {demand}."
+    if facts.supply >= facts.wanted:
+        yield ok("feeds", told + " Input isn't what limits here.")
+        return
+    yield warn("feeds", told)
+    if facts.storage_binds:
+        yield warn("what binds", f"storage: first reads give {facts.cold}, the loader could take "
+                   f"{facts.all_threads.median:,.0f}.")
+    elif facts.stage.startswith("raw"):
+        yield warn("what binds", "copying records on the host.")
+    else:
+        yield warn("what binds", f"decoding: {facts.gpu_rate / facts.one_thread.median:,.0f} cores like these would "
+                   "feed one GPU.")
+
+
+def _advice(facts: Facts) -> Iterator[Finding]:
+    """In the order to try; nothing where input isn't the wall."""
+    if facts.supply >= facts.wanted:
+        return
+    where, number = shlex.quote(facts.where), 0
+
+    def step(meaning: str, advice: str) -> Finding:
+        nonlocal number
+        number += 1
+        return note(f"{number}. try", meaning, advice)
+
+    def packing(stage: str) -> str:
+        return f"alexnet-ddp data pack {where} PACK --stage {stage}; then data.train=PACK data.stored={stage}"
+
+    owner = "data.assignment=owner"
+    gpu = next((stage for stage in (*RAW, facts.stage) if stage.startswith("raw") and fits(facts, "gpu", stage)), "")
+    if gpu:
+        yield step(f"{_what(gpu)} fits in the GPUs' memory: after the first epoch the host has nothing left to do.",
+                   f"data.stored={gpu} data.cache=gpu {owner}")
+    ram = next((stage for stage in (*RAW, facts.stage) if stage.startswith("raw") and fits(facts, "ram", stage)), "")
+    if ram:
+        yield step(f"{_what(ram)} fits in memory: after the first epoch no image is decoded or read from storage.",
+                   f"data.stored={ram} data.cache=ram {owner}")
+    elif facts.stage == "original" and (raw := next((stage for stage in RAW if fits(facts, "disk", stage)), "")):
+        yield step(f"{_what(raw)} fits on {facts.disk.place if facts.disk else 'the disk'}: packed once, no image "
+                   f"is decoded again; a record costs {facts.sizes[raw] / facts.samples / 1000:,.0f} kB of reading.",
+                   packing(raw))
+    if facts.stage == "original" and not facts.storage_binds and facts.packed is not None:
+        gain = facts.packed.median / facts.all_threads.median
+        if gain > 1.2:
+            yield step(f"smaller JPEGs decode {gain:.1f} times as fast (a converted sample: {facts.packed}), and take "
+                       f"{gigabytes(facts.sizes['short256'])} instead of {gigabytes(facts.sizes['original'])}.",
+                       packing("short256"))
+    if facts.storage_binds:
+        kind = next((kind for kind in ("ram", "disk") if fits(facts, kind, facts.stage)), "")
+        if kind:
+            yield step(f"the set as it is fits in {'memory' if kind == 'ram' else 'the node disk'}: storage is read "
+                       "once, in the first epoch.", f"data.cache={kind} {owner}")
+        elif facts.stage == "original" and "short256" in facts.sizes:
+            yield step("fewer bytes an image make storage quicker by as much.",
+                       packing("short256"))
+        if facts.kind == "folder":
+            yield step("a file each costs an open, which network file systems answer slowly: of a pack, few files are "
+                       "read at many places.", packing("original"))
+    if facts.gpus > 1 and facts.supply < facts.gpu_rate * (facts.gpus - 1):
+        need = max(1, -(-int(facts.supply) // max(1, int(facts.gpu_rate))))
+        yield step(f"{need} of the {facts.gpus} GPUs would train as fast as all of them, with input as it is.",
+                   f"--nproc-per-node {need} (the run goes on with any number of ranks)")
+    if facts.gpus <= 1 and not number:
+        yield step("more cores a GPU: decoding scales with them.", "--cpus-per-task N under Slurm")
+
+
+def _what(raw: str) -> str:
+    """A raw stage is another experiment than the originals: said with its name."""
+    side = raw.removeprefix("raw")
+    return f"{raw} (the central {side} x {side} pixels of short side {side}, crops are taken from these)"
+
+
+def gigabytes(count: float) -> str:
+    """In 1e9 bytes, or megabytes where that is little."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+
+
+def _megabytes(rate: float) -> str:
+    return f"{rate / 1e6:,.0f} MB/s"
