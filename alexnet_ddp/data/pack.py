@@ -7,14 +7,11 @@ The files are described in pack_format.
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +23,10 @@ from alexnet_ddp.data import pack_format as form
 from alexnet_ddp.data.decode import DamagedImage, open_upright
 from alexnet_ddp.data.facts import KINDS, look, told
 from alexnet_ddp.data.index import Index, open_index
+from alexnet_ddp.data.pack_place import check_empty, check_place, claim, no_write
 from alexnet_ddp.data.parallel import cores_here, in_order
-from alexnet_ddp.data.sources import find_source
 from alexnet_ddp.data.stages import CHANNELS, VERSIONS, Stage, parse_stage, to_stage
-from alexnet_ddp.data.table import IN_A_FILE, is_clutter
+from alexnet_ddp.data.table import IN_A_FILE
 from alexnet_ddp.errors import Unreadable, UserError
 from alexnet_ddp.progress import Progress
 
@@ -106,7 +103,7 @@ def pack(locator: str, *, destination: Path, stage: str = "short256", samples_pe
         raise UserError(f"--stage: {error}.") from None
     if samples_per_shard < 1:
         raise UserError(f"--samples-per-shard must be at least 1, got {samples_per_shard}.")
-    _check_place(destination, locator)
+    check_place(destination, locator)
     threads = threads or cores_here()
     with open_index(locator, cache_dir=cache_dir) as index:
         if index.stage != "original":
@@ -114,10 +111,10 @@ def pack(locator: str, *, destination: Path, stage: str = "short256", samples_pe
                             f"use it as it is with data.stored={index.stage}.")
         form.check_classes(index.table)
         try:
-            with _claim(destination):
+            with claim(destination):
                 return _Packer(index, destination, wanted, samples_per_shard, threads, skip_damaged).run()
         except OSError as error:
-            raise _no_write(destination, error) from None
+            raise no_write(destination, error) from None
 
 
 class _Packer:
@@ -136,7 +133,7 @@ class _Packer:
             return self._is_there(finished)
         begun = form.read_json(self._folder / form.JOB)
         if begun is None:
-            _check_free(self._folder)
+            check_empty(self._folder)
         elif begun != self._job:
             raise self._other_job(begun)
         shards = range(-(-len(self._index) // self._per_shard))
@@ -360,8 +357,6 @@ class _Packer:
             "shards": [{name: facts[name] for name in ("name", "samples", "bytes", "sha256")}
                        for facts in shards if facts["samples"]],
             "damaged": damaged,
-            # In the order of their labels, which need not be that of their names.
-            "class_names": [name.decode("utf-8", "surrogateescape") for name in table.classes],
         }
 
     def _damaged(self, damaged: list[dict[str, Any]]) -> DamagedSource:
@@ -383,58 +378,6 @@ class _Packer:
             shards=len(content["shards"]), source_bytes=content["source_bytes"],
             bytes=sum(shard["bytes"] for shard in content["shards"]), found=content["found"],
             damaged=content["damaged"], threads=self._threads, made=made, seconds=seconds)
-
-
-# --- places -----------------------------------------------------------------------------------------------------
-
-
-def _check_place(folder: Path, locator: str) -> None:
-    """What can be refused before the source is looked at, which may take long."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file. Give a folder for the pack's shards.")
-    source = find_source(locator)
-    root = source.paths[0] if source.kind == "folder" else source.outside
-    if os.path.isdir(root):
-        inside, outside = os.path.realpath(folder), os.path.realpath(root)
-        if os.path.commonpath([inside, outside]) == outside:
-            raise UserError(f"{folder}: lies inside the source {root}, where its shards would be taken for data. Give "
-                            f"a folder beside it.")
-    if folder.is_dir() and not any((folder / name).exists() for name in (form.PACK, form.JOB)):
-        _check_free(folder)
-
-
-@contextmanager
-def _claim(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, under its lock; a refusal leaves nothing behind where nothing was begun."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with form.lock(folder):
-        try:
-            yield
-        except BaseException:
-            if not any((folder / name).exists() for name in (form.PACK, form.JOB)):
-                (folder / form.LOCK).unlink(missing_ok=True)
-                if is_new:
-                    with suppress(OSError):
-                        folder.rmdir()
-            raise
-
-
-def _check_free(folder: Path) -> None:
-    try:
-        others = sorted(path.name for path in folder.iterdir() if not is_clutter(os.fsencode(path.name)))
-    except OSError as error:
-        raise UserError(f"{folder}: can't be listed: {error.strerror}.") from None
-    if others:
-        raise UserError(f"{folder}: holds something else already ({', '.join(others[:3])}"
-                        f"{' ...' if len(others) > 3 else ''}). Give a new or an empty folder.")
-
-
-def _no_write(folder: Path, error: OSError) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{folder}: the disk (or your quota) is full. The shards finished so far are kept: free some "
-                         f"space and run the same again, or remove the folder.")
-    return UserError(f"{error.filename or folder}: can't be written: {error.strerror or error}.")
 
 
 def _words(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """A contact sheet: what the net really sees of the first samples of an epoch, or of one sample over epochs.
 
-The pixels come the trainer's own way: its works, its loader, its transfer and its augmentation; then normalisation is
-undone. Nothing is drawn or cropped here.
+The pixels come the trainer's own way: its works, its feed and its augmentation; then normalisation is undone.
+Nothing is drawn or cropped here.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.augment import GREY, Augment
 from alexnet_ddp.data.decode import create_decoder, open_upright
+from alexnet_ddp.data.feed import Feed
 from alexnet_ddp.data.index import open_index
-from alexnet_ddp.data.loader import Loader, Work
+from alexnet_ddp.data.loader import Work
 from alexnet_ddp.data.parallel import cores_here
 from alexnet_ddp.data.records import StoredRecords
 from alexnet_ddp.data.stages import CHANNELS
 from alexnet_ddp.data.training import Data, open_data, training_works
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.sections import AugmentSection
-from alexnet_ddp.transfer import Transfer
 
 SMALLEST = 160  # pixels a side of a picture on the sheet; smaller ones are shown enlarged by a whole factor
 GAP, LINE = 10, 16  # pixels between cells, and a line of text
@@ -71,8 +71,6 @@ def open_recipe(what: str, overrides: list[str]) -> Config:
         with open_index(what) as index:
             tree = {"data": {"train": what, "stored": index.stage}, "model": {"num_classes": len(index.classes)}}
         config = recipes.build(recipes.apply_overrides(tree, overrides))
-    if not config.data.train:
-        raise UserError(f"{what}: the recipe names no data. Add data.train=...")
     # No validation data, and works of one sample each: neither changes what is seen.
     return config.model_copy(update={"data": config.data.model_copy(update={"val": None}), "micro_batch": 1})
 
@@ -128,14 +126,14 @@ def _over_epochs(config: Config, data: Data, *, sample: int, epochs: range) -> I
 def _see(config: Config, data: Data, works: Iterator[Work]) -> Iterator[Shown]:
     """Through loader, transfer and augmentation, as the trainer does it."""
     channels, section = config.model.in_channels, config.augment
-    transfer, augment = Transfer(CPU), Augment(section, channels=channels, device=CPU)
-    records = StoredRecords(data.train, config.data.stored)
-    with Loader(data.train, create_decoder(config.data.decoder), rows=1, size=section.size, channels=channels,
-                threads=cores_here(), prefetch=config.data.prefetch, stored=config.data.stored) as loader:
+    augment, records = Augment(section, channels=channels, device=CPU), StoredRecords(data.train, config.data.stored)
+    feed = Feed(config, records, data.train.labels, create_decoder(config.data.decoder, quality=section.resize),
+                crop=section.crop, device=CPU, threads=cores_here())
+    with feed.loader(rows=1) as loader:
         for batch in loader.run(works):
             work, sample = batch.work, int(batch.work.samples[0])
             view = batch.views[0].tolist()
-            images, _ = transfer(batch)
+            images, _ = feed.transfer(batch)
             seen = unnormalise(augment(images, work.draws), section, channels=channels)
             left, top, width, height, resized_width, resized_height, x, y = view
             across, down = width / resized_width, height / resized_height
