@@ -1,7 +1,6 @@
 """The index: the same samples are the same index, however they are stored; reads, cache and memory."""
 
 import errno
-import io
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from alexnet_ddp.data.scan import Scan
 from alexnet_ddp.data.sources import Source, Stamp
 from alexnet_ddp.data.table import Table
 from alexnet_ddp.errors import UserError
+from stores import make_folder, make_tar, settle
 
 # The order must be that of code points: capitals before small letters, umlauts and beyond last.
 CLASSES = ("Zebra", "ant", "bee", "äffin", "𝄞clef")
@@ -33,35 +33,6 @@ SAMPLES = {
     for stem, suffix in (("10", ".jpg"), ("9", ".JPEG"), ("B", ".png"), ("a.b", ".jpe"), ("more/1", ".Jpg"))
 }
 IN_ORDER = [f"{name}/{stem}" for name in CLASSES for stem in ("10", "9", "B", "a.b", "more/1")]
-AN_HOUR_AGO = 3600
-
-
-def settle(*paths: Path) -> None:
-    """Makes everything an hour old: what has just changed is not cached."""
-    for path in paths:
-        inside = sorted(path.rglob("*"), reverse=True) if path.is_dir() else []
-        for one in (*inside, path):
-            then = one.stat().st_mtime_ns - AN_HOUR_AGO * 10**9
-            os.utime(one, ns=(then, then))
-
-
-def make_folder(root: Path, samples: dict[str, bytes]) -> Path:
-    for name, data in samples.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    settle(root)
-    return root
-
-
-def make_tar(path: Path, members: dict[str, bytes], *, format: int = tarfile.GNU_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    settle(path)
-    return path
 
 
 def shuffled(members: dict[str, bytes]) -> dict[str, bytes]:
