@@ -15,6 +15,7 @@ from alexnet_ddp.errors import UserError
 BLOCK = tarfile.BLOCKSIZE  # bytes
 _AHEAD = 2 * BLOCK  # bytes read at once where a header is looked for
 _PIECE = 1 << 20  # bytes read at once behind the end mark
+PEEK = 128  # bytes of a member's data that are always told
 
 Member = tuple[tarfile.TarInfo, int, bytes]  # header, offset of the data in the file, how the data begin (some bytes)
 
@@ -85,9 +86,12 @@ class _Window:
         return data
 
     def peek(self, offset: int) -> bytes:
-        """What is at hand already of the bytes from `offset`."""
+        """The bytes from `offset`, at least the first PEEK of those there are."""
         begin = offset - self._piece_at
-        return self._piece[begin:] if begin >= 0 else b""
+        wanted = max(0, min(PEEK, self.size - offset))
+        if begin < 0 or len(self._piece) - begin < wanted:  # behind an extended header
+            return os.pread(self._descriptor, wanted, self._start + offset)
+        return self._piece[begin:]
 
 
 def _check_end(window: _Window, offset: int, where: str) -> None:
