@@ -36,7 +36,7 @@ from typing import Any
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, UserError
 from alexnet_ddp.words import Parser, answer
 from benchmarks import limit, sets
-from benchmarks.trial import Case, Data, Options
+from benchmarks.trial import QUICK_RAMP, RAMP, Case, Data, Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("torchvision_folder", "torchvision_v2", "tfdata", "ffcv", "dali", "webdataset", "streaming", "litdata", "spdl")
@@ -111,7 +111,8 @@ class Bench:
                        for mode in dict.fromkeys(["sroi2_r", *self.options.limit_modes])], always=True)
         except limit.NoLimit as error:
             self.skipped["C limit"] = f"{error}; there are no ratios to R without it"
-        for module in ("benchmarks.ours", "benchmarks.roof", *(f"benchmarks.peers.{name}" for name in PEERS)):
+        for module in ("benchmarks.ours", "benchmarks.roof",
+                       *(f"benchmarks.peers.{name}" for name in self.options.peers)):
             self._collect_from(module)
         if unknown := [word for word in self.options.cases if not any(word in case.name for case, _ in self.cases)]:
             raise UserError(f"--cases: none has '{unknown[0]}' in its name. There are: "
@@ -173,7 +174,8 @@ class Bench:
             return limit.run(self._program, self._work / name / "unique.txt", mode=case.name.rpartition(" ")[2],
                              seconds=seconds, threads=self.options.threads)
         return self._of[case.name].ask(do="trial", case=asdict(case), data=asdict(self.data[name]),
-                                       options=asdict(self.trial_options), seconds=seconds)
+                                       options=asdict(self.trial_options), seconds=seconds,
+                                       ramp=QUICK_RAMP if self.options.quick else RAMP)
 
     def rows(self) -> list[dict[str, Any]]:
         """The result, a row a case and set, quickest first within a set."""
@@ -272,6 +274,8 @@ def parser() -> Parser:
     parser.add_argument("--seconds", type=float, default=3.0, help="of one trial, after a second of ramp")
     parser.add_argument("--repeat", type=int, default=6, help="how often a set holds each image (longer epochs)")
     parser.add_argument("--limit", type=int, help="use only so many of the images")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="NAME",
+                        help=f"which to run, none for none (default: all: {' '.join(PEERS)})")
     parser.add_argument("--peer-python", default=sys.executable, metavar="PATH", help="the Python that has the peers")
     parser.add_argument("--with-nvidia", action="store_true", help="run NVIDIA's software too; never written down")
     parser.add_argument("--json", type=Path)
