@@ -17,6 +17,7 @@ source again and counted. When there is no more room the rest is read from the s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 from collections.abc import Callable, Collection
@@ -28,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet_ddp.data.cache_file import ENTRY, LONGEST, ShardFile
-from alexnet_ddp.data.cache_folder import CacheFolder, check_system, default_base, room, unusable
+from alexnet_ddp.data.cache_folder import CacheFolder, check_system, default_base, house_in, room, sweep, unusable
 from alexnet_ddp.data.index import Index
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.records import Records
@@ -121,6 +122,14 @@ def open_cache(records: Records, *, kind: Literal["disk", "ram"], index: Index, 
                          staged=storage_order(index, own) if kind == "disk" else None)
 
 
+def sweep_caches(kind: Literal["disk", "ram"], *, base: Path | None = None) -> list[str]:
+    """Takes away caches on this node that nobody wants (cache_folder has the rule), without opening one: for a run that
+    turns out to be finished. Returns a line for each. Never raises for a folder that can't be read."""
+    with contextlib.suppress(OSError):
+        return sweep(house_in(base or default_base(kind)))
+    return []
+
+
 def needed_bytes(index: Index, stage: Stage, samples: I64) -> int:
     """Bytes that the records of these samples take, 0 where nobody knows (files of their own, conversions)."""
     if stage.record_bytes is not None:
@@ -147,7 +156,7 @@ class CachedRecords:
     """
 
     def __init__(self, source: Records, *, folder: CacheFolder, files: dict[int, ShardFile], home: I32, shards: int,
-                 allowance: int | None, reserve: int, say: Callable[[str], None], staged: I64 | None) -> None:
+                 allowance: int | None, reserve: int, say: Callable[[str], None], staged: I32 | None) -> None:
         self.stage, self._source, self._folder, self._files = source.stage, source, folder, files
         # By sample: place * shards + shard once its record was verified, ~ of that before, NOT_OURS. A memoryview gives
         # plain ints, five times as quick as an array.

@@ -61,7 +61,7 @@ class CacheFolder:
         name = re.sub(r"[^\w.-]", "_", run_dir.name)[:60]
         try:
             base.mkdir(parents=True, exist_ok=True)
-            house = base / f"alexnet-ddp-{os.geteuid()}"
+            house = house_in(base)
             house.mkdir(mode=0o700, exist_ok=True)
             _check_own(house)
             swept = sweep(house, run_dir=run_dir, keep=f"{name}-{digest}")
@@ -118,6 +118,11 @@ def unusable(base: Path, error: OSError) -> UserError:
     return UserError(f"A cache needs a folder on the node that can be written, and {base} can't be used: "
                      f"{error.strerror or error} ({error.filename or base}). Set data.cache_dir to another folder, or "
                      "data.cache=none.")
+
+
+def house_in(base: Path) -> Path:
+    """The folder of this user's caches."""
+    return base / f"alexnet-ddp-{os.geteuid()}"
 
 
 def sweep(house: Path, *, run_dir: Path | None = None, keep: str = "") -> list[str]:

@@ -17,12 +17,13 @@ from alexnet_ddp.data.index import Index
 from alexnet_ddp.errors import UserError
 
 I64 = NDArray[np.int64]
+I32 = NDArray[np.int32]
 
 
-def storage_order(index: Index, samples: I64) -> I64:
+def storage_order(index: Index, samples: I64) -> I32:
     """The samples in the order in which their bytes lie in the source (tar by tar; a folder's by class and name)."""
     table = index.table
-    return samples[np.lexsort((samples, table.offsets[samples], table.containers[samples]))]
+    return samples[np.lexsort((samples, table.offsets[samples], table.containers[samples]))].astype(np.int32)
 
 
 class Stager:
@@ -32,7 +33,7 @@ class Stager:
     else that goes wrong is given to `failed`.
     """
 
-    def __init__(self, samples: I64, fill: Callable[[int], bool], failed: Callable[[BaseException], None]) -> None:
+    def __init__(self, samples: I32, fill: Callable[[int], bool], failed: Callable[[BaseException], None]) -> None:
         self._samples, self._fill, self._failed = samples, fill, failed
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="staging", daemon=True)

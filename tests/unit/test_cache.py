@@ -20,7 +20,7 @@ import pytest
 
 from alexnet_ddp.data import cache as caches_module
 from alexnet_ddp.data import cache_folder
-from alexnet_ddp.data.cache import CachedRecords
+from alexnet_ddp.data.cache import CachedRecords, sweep_caches
 from alexnet_ddp.data.cache_file import ShardFile
 from alexnet_ddp.data.staging import storage_order
 from alexnet_ddp.errors import RunFailed, UserError
@@ -108,6 +108,24 @@ def test_staging_reads_as_stored(tmp_path: Path, base: Path) -> None:
     assert (np.diff(pieces.index.table.offsets[asked]) > 0).all()
     assert (storage_order(pieces.index, np.sort(asked)) == asked).all()
     cache.close()
+
+
+def test_closing_ends_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """close() in the midst of staging returns once the thread has ended, and nothing is read after."""
+    pieces = make_pieces(tmp_path)
+    read = pieces.source.read
+
+    def slow(sample: int) -> bytes:
+        time.sleep(0.02)
+        return read(sample)
+
+    monkeypatch.setattr(pieces.source, "read", slow)
+    cache = pieces.open_one("disk")
+    wait_until(lambda: cache.progress().held)
+    cache.close()
+    asked = len(pieces.source.asked)
+    assert not any(thread.name == "staging" for thread in threading.enumerate())
+    assert asked < 101 and cache.progress().held == asked
 
 
 def test_ram_reads_nothing_of_its_own(tmp_path: Path, base: Path) -> None:
@@ -341,6 +359,7 @@ def test_a_full_disk(tmp_path: Path, base: Path, kind: str, stage: str, monkeypa
     cache.close()
 
 
+@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("stage", STAGES)
 def test_other_faults_reach_the_main_loop(tmp_path: Path, stage: str) -> None:
     """A disk that refuses to be written for another reason (here: a limit on files' sizes) surfaces through check()."""
@@ -350,12 +369,11 @@ def test_other_faults_reach_the_main_loop(tmp_path: Path, stage: str) -> None:
         code = 1
         try:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            caches = [pieces.open_one("disk")]
-            caches[0]._stager.close()  # type: ignore[union-attr]
-            caches[0].close()
+            empty = pieces.open_one("disk")
+            empty.close()
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096 + 300, 4096 + 300))
             if stage != "original":
-                os.truncate(caches[0]._folder.shard(0), 4096)  # which the next open must make longer
+                os.truncate(empty._folder.shard(0), 4096)  # which the next open must make longer
             cache = pieces.open_one("disk")
             pieces.check([cache])  # the reads themselves go on
             try:
@@ -467,6 +485,16 @@ def test_the_file_system_of_runs_is_away(tmp_path: Path, base: Path) -> None:
     pieces.run_dir = tmp_path / "two"
     pieces.open_one("ram").remove()
     assert left.exists()
+
+
+def test_a_run_that_is_finished_already(tmp_path: Path, base: Path) -> None:
+    """What a run left that was killed between its end and the removal goes without a cache being opened."""
+    pieces = make_pieces(tmp_path, base=base)
+    left = leave_behind(pieces)
+    assert sweep_caches("ram", base=base) == [] and left.exists()
+    (pieces.run_dir / "state.json").write_text(json.dumps({"status": "finished"}))
+    assert len(sweep_caches("ram", base=base)) == 1 and not left.exists()
+    assert sweep_caches("ram", base=tmp_path / "nowhere") == []
 
 
 def test_a_living_runs_folder_stays(tmp_path: Path, base: Path) -> None:
