@@ -78,8 +78,8 @@ def keep_imagenet(folder: Path, *, samples: int = IMAGENET) -> Path:
     return tar
 
 
-def nested_tar(path: Path, *, classes: int, each: int, size: int = BYTES) -> Path:
-    """A tar of class tars with real headers and holes for images, as old as it must be for the cache."""
+def nested_tar(path: Path, *, classes: int, each: int, first: int = 0, size: int = BYTES) -> Path:
+    """A tar of class tars, from class number `first`, with real headers and holes for images; old enough to cache."""
 
     def header(name: str, size: int) -> bytes:
         info = tarfile.TarInfo(name)
@@ -87,7 +87,7 @@ def nested_tar(path: Path, *, classes: int, each: int, size: int = BYTES) -> Pat
         return info.tobuf(tarfile.GNU_FORMAT)
 
     with open(path, "wb") as file:
-        for number in range(classes):
+        for number in range(first, first + classes):
             wnid, start = f"n{1_440_764 + 7919 * number:08d}", file.tell()
             file.seek(tarfile.BLOCKSIZE, os.SEEK_CUR)
             for place in range(each):
@@ -243,7 +243,8 @@ def main() -> None:
             runs = [fresh(name, Path(place)) for _ in range(times)]
             figures = {key: round(statistics.median(run[key] for run in runs), 3) for key in runs[0]}
             result[name] = {"n": times, **figures}
-            print(f"{name:<12} n={times}   " + "   ".join(f"{key} {value:,}" for key, value in figures.items()), flush=True)
+            row = "   ".join(f"{key} {value:,}" for key, value in figures.items())
+            print(f"{name:<12} n={times}   {row}", flush=True)
     text = json.dumps(result, indent=1)
     print(text)
     if options.json:

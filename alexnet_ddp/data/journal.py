@@ -37,6 +37,7 @@ class Journal:
         self._found: dict[bytes, bytes] = {}
         self._waiting: list[bytes] = []  # records to be written
         self._file: int | None = None
+        self._torn = False
         self._wrote = time.monotonic()
         for left in abandoned(path):
             self._left.append(left)
@@ -70,15 +71,18 @@ class Journal:
                 path.unlink()
 
     def leave(self) -> None:
-        """The scan failed: what is finished is kept for the next one, also of this process."""
-        self._write()
+        """The scan failed: what took a while is kept for the next one, also of this process."""
+        if self._file is not None or time.monotonic() - self._wrote >= SECONDS_BETWEEN_WRITES:
+            self._write()
         self._close()
         with contextlib.suppress(OSError):
             self._own.rename(self._folder / f".part-{self._key}.left.{secrets.token_hex(3)}")
 
     def _write(self) -> None:
-        """No reason to fail: without a journal a scan starts over."""
+        """What can't be written is no reason to fail: without a journal a scan starts over."""
         try:
+            if self._torn:
+                return
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self._own, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -89,10 +93,11 @@ class Journal:
             for path in self._left:
                 path.unlink(missing_ok=True)
             self._left.clear()
-        except OSError:
-            pass
-        self._waiting.clear()
-        self._wrote = time.monotonic()
+        except OSError:  # a full disk, a cache that isn't ours: what would follow half a record is never read
+            self._torn = True
+        finally:
+            self._waiting.clear()
+            self._wrote = time.monotonic()
 
     def _close(self) -> None:
         if self._file is not None:

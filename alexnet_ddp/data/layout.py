@@ -22,11 +22,15 @@ class Layout:
     notes: list[str]
 
 
-def find_layout(listing: Listing, source: Source) -> Layout:
-    """Reads the classes off the directories. UserError where they can't be meant as classes."""
+def find_layout(listing: Listing, source: Source, *, base: bytes | None = None) -> Layout:
+    """Reads the classes off the directories below `base`, which is found out where it isn't given.
+
+    UserError where they can't be meant as classes.
+    """
     if not len(listing):
         raise no_images(listing, source)
-    base = _base(listing, source)
+    if base is None:
+        base = _base(listing, source)
     class_of_directory: dict[bytes, bytes] = {}
     prefixes = []
     for directory in listing.directories:

@@ -12,7 +12,7 @@ from alexnet_ddp.data.official import find_official
 from alexnet_ddp.data.parts import Part
 from alexnet_ddp.data.shards import find_keyed
 from alexnet_ddp.data.sources import Source, Stamp, listed, stamp_of
-from alexnet_ddp.data.table import Listing, Table, build_table, parent_of
+from alexnet_ddp.data.table import Listing, Table, below, build_table, parent_of
 from alexnet_ddp.errors import UserError
 
 Scan = tuple[Table, list[Stamp], list[str]]  # table, stamps, notes
@@ -43,12 +43,23 @@ def finish(whole: Part, stamps: Sequence[Stamp], source: Source) -> Scan:
         note = f"labels from {official.kit.files[0]}"
         return table, [*stamps, *map(stamp_of, official.kit.files)], [note, *note_others(listing)]
 
-    layout = find_layout(listing, source)
+    layout = find_layout(listing, source, base=_base_of_tars(whole, source))
     in_tars = {b"/".join(filter(None, (layout.base, name))) for name in layout.classes} <= whole.inner
     table = build_table(listing, classes=layout.classes, labels=_by_directory(listing, layout.class_of),
                         prefixes=layout.prefixes, base=layout.base, class_in_path=True,
                         class_suffix=b".tar" if in_tars else b"", containers=source.paths)
     return table, list(stamps), layout.notes + note_others(listing)
+
+
+def _base_of_tars(whole: Part, source: Source) -> bytes | None:
+    """Where the inner tars lie, which are the classes whatever lies in them; None if there is more than that."""
+    bases = {parent_of(tar) for tar in whole.inner}
+    if source.kind == "folder" or source.inside is not None or len(bases) != 1:
+        return None
+    base = bases.pop()
+    below_base = (below(directory, base) for directory in whole.listing.directories)
+    tops = {path.partition(b"/")[0] if path else b"" for path in below_base}
+    return base if {b"/".join(filter(None, (base, top))) for top in tops} <= whole.inner else None
 
 
 def _by_directory(listing: Listing, class_of: Sequence[int]) -> npt.NDArray[np.int32]:
