@@ -17,14 +17,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from alexnet_ddp.data import cache as caches_module
 from alexnet_ddp.data import cache_folder
 from alexnet_ddp.data.cache import CachedRecords, sweep_caches
 from alexnet_ddp.data.cache_file import ShardFile
+from alexnet_ddp.data.index import open_index
+from alexnet_ddp.data.order import Order
+from alexnet_ddp.data.stages import parse_stage, to_stage
 from alexnet_ddp.data.staging import storage_order
 from alexnet_ddp.errors import RunFailed, UserError
-from caches import Pieces, make_pieces, shares
+from caches import CountedRecords, Pieces, make_pieces, shares
 
 KINDS = ("disk", "ram")
 STAGES = ("original", "raw10")
@@ -82,6 +86,37 @@ def test_every_record_is_the_sources(tmp_path: Path, base: Path, kind: str, stag
         assert not pieces.source.asked
         for cache in after:
             cache.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", ["raw16", "short16"])
+def test_conversions_are_kept(tmp_path: Path, base: Path, kind: str, stage: str) -> None:
+    """A stage that is made from originals is made once, kept as the same bytes, and made anew by other versions."""
+    random = np.random.default_rng(3)
+    for number in range(6):
+        folder = tmp_path / "photographs" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20 + number, 40, 3), np.uint8)).save(folder / f"{number}.jpg")
+    pieces = make_pieces(tmp_path, base=base)
+    pieces.index = open_index(str(tmp_path / "photographs"), cache_dir=tmp_path / "indexes")
+    pieces.order = Order(6, global_batch=2, seed=1, shards=2, identity=pieces.index.identity)
+    pieces.source = CountedRecords(pieces.index, stage)
+    truth = [to_stage(pieces.index.read(sample), parse_stage(stage)) for sample in range(6)]
+    for attempt in range(2):
+        cache = pieces.open_one(kind)
+        assert [cache.read(sample) for sample in range(6)] == truth
+        wait_until(lambda cache=cache: cache.progress().complete)
+        cache.close()
+        if not attempt:
+            pieces.source.asked.clear()
+    assert not pieces.source.asked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caches_module, "VERSIONS", "pillow 0, simplejpeg 0")
+        patch.setattr(caches_module, "Stager", lambda *_: None)
+        cache = pieces.open_one(kind)
+        assert cache.progress().held == 0
+        cache.remove()
+    assert not pieces.files()
 
 
 def test_only_some_samples(tmp_path: Path, base: Path) -> None:
@@ -279,8 +314,6 @@ def test_the_source_changed(tmp_path: Path, base: Path) -> None:
     assert len(old) == len(changed)
     tar.write_bytes(changed)
     os.utime(tar, ns=(0, 0))
-    from alexnet_ddp.data.index import open_index
-
     pieces.index = open_index(str(tar), cache_dir=tmp_path / "indexes")
     pieces.truth[0] = pieces.index.read(0)
     assert pieces.truth[0][0] == changed[first]
