@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from alexnet_ddp.words import Parser
 WIDTH = 100  # columns
 SAMPLED = 20_000  # most records that are read
 DECODED = 512  # most records that are decoded again and again
+SHORT, RAW_SIDES = 256, (256, 160)  # pixels of the stages that are weighed
 CONVERTED = 48  # records that are converted to short256
 SHARE = 0.9  # of what is free that a cache takes
 
@@ -54,22 +56,32 @@ def measure(where: str, *, config_path: str | None = None, threads: int | None =
         one, every = (speeds.loading(records, decoder, few, index.labels, config, threads=count, seconds=seconds)
                       for count in (1, threads))
         sizes, packed = {str(stage): int(read.record_bytes * len(index))}, None
-        if stage.kind == "original":
-            kept = speeds.Kept(parse_stage("short256"), few[:CONVERTED],
-                               lambda sample: to_stage(index.read(sample), parse_stage("short256")))
+        short = _short_side([index.read(sample) for sample in few[:CONVERTED].tolist()]) if stage.kind != "raw" else 0
+        if stage.kind == "original" and short > SHORT:
+            kept = speeds.Kept(parse_stage(f"short{SHORT}"), few[:CONVERTED],
+                               lambda sample: to_stage(index.read(sample), parse_stage(f"short{SHORT}")))
             packed = speeds.loading(kept, decoder, few[:CONVERTED], index.labels, config, threads=threads,
                                     seconds=seconds)
             sizes |= {"short256": int(kept.record_bytes * len(index))}
-            sizes |= {name: (parse_stage(name).record_bytes or 0) * len(index) for name in ("raw256", "raw160")}
+        if stage.kind != "raw":  # photographs in the usual sizes, small pictures in their own
+            raw = [parse_stage(f"raw{side}") for side in RAW_SIDES if side <= short] or [parse_stage(f"raw{short}")]
+            sizes |= {str(one): (one.record_bytes or 0) * len(index) for one in raw}
         made = "a copy of the record's pixels" if stage.kind == "raw" else \
             f"{decoder.name} {decoder.version}, {config.augment.crop} {config.augment.size}, {config.augment.resize}"
         gpus, gpu_memory, rate, source = _gpus(config, asked=gpu_rate, seconds=seconds)
         disk, ram = _rooms(config.data.cache_dir)
-        return Facts(where=where, kind=index.source.kind, stage=str(stage), samples=len(index),
-                     record_bytes=read.record_bytes, cores=cores, threads=threads, decoder=made, warm=read.warm,
-                     cold=read.cold, still_cached=read.cached, one_thread=one, all_threads=every, sizes=sizes,
-                     packed=packed, disk=disk, ram=ram, gpu_memory=gpu_memory, gpus=gpus, gpu_rate=rate,
+        return Facts(where=where, kind="pack" if index.source.pack else index.source.kind, stage=str(stage),
+                     samples=len(index), record_bytes=read.record_bytes, cores=cores, threads=threads, decoder=made,
+                     warm=read.warm, cold=read.cold, still_cached=read.cached, one_thread=one, all_threads=every,
+                     sizes=sizes, packed=packed, disk=disk, ram=ram, gpu_memory=gpu_memory, gpus=gpus, gpu_rate=rate,
                      gpu_rate_from=source, recipe_threads=recipe_threads)
+
+
+def _short_side(images: list[bytes]) -> int:
+    """Pixels of the shorter side: the median over some images."""
+    from alexnet_ddp.data.facts import look
+
+    return max(10, int(statistics.median(min(found.width, found.height) for found in map(look, images))))
 
 
 def _rooms(cache_dir: str | None) -> tuple[Room | None, Room | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import statistics
 import time
@@ -19,7 +20,7 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.data.decode import Decoder
 from alexnet_ddp.data.feed import Feed
 from alexnet_ddp.data.index import Index
-from alexnet_ddp.data.loader import Work
+from alexnet_ddp.data.loader import CHUNK, Work
 from alexnet_ddp.data.randomness import draw
 from alexnet_ddp.data.records import Records
 from alexnet_ddp.data.stages import Stage
@@ -30,7 +31,7 @@ from alexnet_ddp.data.verdict import Speed
 I64 = NDArray[np.int64]
 
 PIECE = 256  # records of one timed piece of reading
-BATCH = 128  # images of one batch of the loader
+BATCH = 128  # most images of one batch of the loader; fewer where few threads would take long over it
 PIECES = 5  # that a decoding time is cut into
 
 
@@ -109,7 +110,9 @@ def _forget(index: Index, sample: int) -> bool:
     path, offset, size = _extent(index, sample)
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
+        start = offset - offset % mmap.PAGESIZE  # only whole pages are dropped
+        whole = -(-(offset + size) // mmap.PAGESIZE) * mmap.PAGESIZE - start if size else 0
+        os.posix_fadvise(file, start, whole, os.POSIX_FADV_DONTNEED)
         return True
     except OSError:
         return False
@@ -140,9 +143,10 @@ def loading(records: Records, decoder: Decoder, samples: I64, labels: NDArray[np
 
     Raises UserError for a damaged image.
     """
+    rows = min(BATCH, 2 * CHUNK * threads)
     feed = Feed(config, records, labels, decoder, crop=config.augment.crop, device=torch.device("cpu"), threads=threads)
-    with feed.loader(rows=BATCH) as loader:
-        batches = loader.run(_works(samples, config))
+    with feed.loader(rows=rows) as loader:
+        batches = loader.run(_works(samples, config, rows=rows))
 
         def take(until: float) -> tuple[int, float]:
             images, began = 0, time.perf_counter()
@@ -156,10 +160,10 @@ def loading(records: Records, decoder: Decoder, samples: I64, labels: NDArray[np
         return speed_of([images / spent for images, spent in (take(seconds / PIECES) for _ in range(PIECES))])
 
 
-def _works(samples: I64, config: Config) -> Iterator[Work]:
+def _works(samples: I64, config: Config, *, rows: int) -> Iterator[Work]:
     chance = np.random.default_rng(0)
     for step in range(2**31):
-        mine = chance.choice(samples, BATCH)
+        mine = chance.choice(samples, rows)
         draws = draw(mine, seed=0, epoch=step, flip=0.0, rotation=0.0, color_jitter=(0.0, 0.0, 0.0, 0.0),
                      pca_lighting=0.0)
 

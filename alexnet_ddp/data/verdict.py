@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from typing import Literal
 ASSUMED_GPU_RATE = 60_000.0  # img/s that AlexNet's training step may take on one modern GPU; not measured by us
 UNSTEADY = 0.25  # share of its median by which a speed's pieces may lie apart before it is worth a word
 SCALES = 0.7  # of cores times one core's rate: below, something else limits or takes the cores
-RAW = ("raw256", "raw160")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,16 @@ class Facts:
         return self.cold is not None and self.cold.median < self.all_threads.median
 
     @property
+    def raw_stages(self) -> list[str]:
+        """Those that could be kept instead, largest first."""
+        return sorted((stage for stage in self.sizes if stage.startswith("raw")), key=lambda stage: -self.sizes[stage])
+
+    @property
+    def a_core(self) -> float:
+        """Images a second of one core; where others disturb, the better of what one and all threads showed."""
+        return max(self.one_thread.median, self.all_threads.median / min(self.threads, self.cores))
+
+    @property
     def wanted(self) -> float:
         """Images a second that the GPUs here take; one GPU's where there is none."""
         return self.gpu_rate * max(1, self.gpus)
@@ -108,9 +118,9 @@ def findings(facts: Facts) -> list[Finding]:
 def _storage(facts: Facts) -> Iterator[Finding]:
     size = facts.record_bytes
     if facts.cold is None:
-        yield note("storage", f"reads from memory alone were measured: {facts.warm}. The kernel can't be made to "
-                   "forget these files here (tmpfs, or a file system that keeps its own cache), so that nothing is "
-                   "known of a first pass.")
+        yield note("storage", f"reads from memory alone were measured: {facts.warm}. These files can't be dropped "
+                   "from memory (tmpfs, a file system with a cache of its own, or files that others read or have just "
+                   "written), so that nothing is known of a first pass.")
     else:
         told = (f"first reads {facts.cold}, {_megabytes(facts.cold.median * size)} by {facts.threads} threads, records "
                 f"of {size / 1000:,.1f} kB at random; from memory {facts.warm}.")
@@ -186,7 +196,7 @@ def _feeds(facts: Facts) -> Iterator[Finding]:
     elif facts.stage.startswith("raw"):
         yield warn("what binds", "copying records on the host.")
     else:
-        yield warn("what binds", f"decoding: {facts.gpu_rate / facts.one_thread.median:,.0f} cores like these would "
+        yield warn("what binds", f"decoding: {math.ceil(facts.gpu_rate / facts.a_core):,} cores like these would "
                    "feed one GPU.")
 
 
@@ -205,15 +215,16 @@ def _advice(facts: Facts) -> Iterator[Finding]:
         return f"alexnet-ddp data pack {where} PACK --stage {stage}; then data.train=PACK data.stored={stage}"
 
     owner = "data.assignment=owner"
-    gpu = next((stage for stage in (*RAW, facts.stage) if stage.startswith("raw") and fits(facts, "gpu", stage)), "")
+    reach = facts.raw_stages if facts.stage in ("original", *facts.raw_stages) else []  # of what is stored
+    gpu = next((stage for stage in reach if fits(facts, "gpu", stage)), "")
     if gpu:
         yield step(f"{_what(gpu)} fits in the GPUs' memory: after the first epoch the host has nothing left to do.",
                    f"data.stored={gpu} data.cache=gpu {owner}")
-    ram = next((stage for stage in (*RAW, facts.stage) if stage.startswith("raw") and fits(facts, "ram", stage)), "")
+    ram = next((stage for stage in reach if fits(facts, "ram", stage)), "")
     if ram:
         yield step(f"{_what(ram)} fits in memory: after the first epoch no image is decoded or read from storage.",
                    f"data.stored={ram} data.cache=ram {owner}")
-    elif facts.stage == "original" and (raw := next((stage for stage in RAW if fits(facts, "disk", stage)), "")):
+    elif facts.stage == "original" and (raw := next((stage for stage in reach if fits(facts, "disk", stage)), "")):
         yield step(f"{_what(raw)} fits on {facts.disk.place if facts.disk else 'the disk'}: packed once, no image "
                    f"is decoded again; a record costs {facts.sizes[raw] / facts.samples / 1000:,.0f} kB of reading.",
                    packing(raw))
@@ -223,6 +234,10 @@ def _advice(facts: Facts) -> Iterator[Finding]:
             yield step(f"smaller JPEGs decode {gain:.1f} times as fast (a converted sample: {facts.packed}), and take "
                        f"{gigabytes(facts.sizes['short256'])} instead of {gigabytes(facts.sizes['original'])}.",
                        packing("short256"))
+    if not reach and (raw := next((stage for stage in facts.raw_stages for kind in ("gpu", "ram", "disk")
+                                   if fits(facts, kind, stage)), "")):
+        yield step(f"{_what(raw)} would fit here and needs no decoding at all; it is made of the originals.",
+                   f"alexnet-ddp data pack ORIGINALS PACK --stage {raw}; then data.train=PACK data.stored={raw}")
     if facts.storage_binds:
         kind = next((kind for kind in ("ram", "disk") if fits(facts, kind, facts.stage)), "")
         if kind:

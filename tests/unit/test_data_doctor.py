@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import harness
+import photographs
 from alexnet_ddp.cli import main as cli
 from alexnet_ddp.config import Config
 from alexnet_ddp.data import doctor, speeds
@@ -70,6 +71,14 @@ def test_storage_binds() -> None:
 def test_the_quickest_cache_that_fits_is_advised_first(change: dict, wanted: str) -> None:
     """GPU memory before memory before disk, raw256 before raw160, each only where the whole set goes in."""
     assert advice(replace(FACTS, **change))[0] == wanted
+
+
+def test_jpeg_pack_learns_of_pixels() -> None:
+    """From a pack of JPEGs no raw stage can be made: where one would fit, the originals are named as its source."""
+    pack = replace(FACTS, stage="short256", packed=None, ram=Room(400 * GB, "/dev/shm"),
+                   sizes={"short256": 38 * GB, "raw256": 252 * GB})
+    assert advice(pack) == ["alexnet-ddp data pack ORIGINALS PACK --stage raw256; then data.train=PACK "
+                            "data.stored=raw256"]
 
 
 def test_no_advice_where_input_is_not_the_wall() -> None:
@@ -138,9 +147,21 @@ def test_command(pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert cli(["data", "doctor", str(pictures), "--seconds", "0.05", "--gpu-rate", "7", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["facts"]["gpu_rate"] == 7 and answer["facts"]["gpu_rate_from"] == "given"
-    assert set(answer["facts"]["sizes"]) == {"original", "short256", "raw256", "raw160"}
-    assert answer["facts"]["sizes"]["raw256"] == 60 * 256 * 256 * 3
+    original, raw = answer["facts"]["sizes"]  # too small for short256: pixels are weighed at their own size
+    assert original == "original" and 30 <= int(raw.removeprefix("raw")) <= 60
+    assert answer["facts"]["sizes"][raw] == 60 * int(raw.removeprefix("raw")) ** 2 * 3
     assert not [finding for finding in answer["findings"] if finding["topic"].endswith("try")]
+
+
+@pytest.mark.parametrize("name", ["imagenet-sample.tar"])
+def test_photographs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of photographs short256 is measured from a converted sample, is smaller and decodes faster than originals."""
+    monkeypatch.setenv("ALEXNET_DDP_CACHE", str(tmp_path))
+    monkeypatch.setattr(doctor, "CONVERTED", 8)
+    facts = doctor.measure(f"{photographs.archive(name)}::train", seconds=0.1)
+    assert list(facts.sizes) == ["original", "short256", "raw256", "raw160"]
+    assert facts.sizes["short256"] < facts.sizes["original"] and facts.sizes["raw256"] == 700 * 256 * 256 * 3
+    assert facts.packed is not None and facts.packed.most > facts.all_threads.least
 
 
 def test_raw_pack(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
