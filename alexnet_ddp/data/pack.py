@@ -59,7 +59,7 @@ class Packed:
 
     def summary(self) -> str:
         """What `data pack` prints."""
-        rate = f"{self.made / self.seconds:,.0f} images a second on {self.threads} threads ({self.seconds:,.1f} s)"
+        rate = self.made / max(1e-9, self.seconds)
         kept = self.samples + len(self.damaged) - self.made
         lines = [
             ("packed", f"{self.samples:,} images of {self.classes:,} classes as {self.stage}"),
@@ -67,7 +67,8 @@ class Packed:
             ("after", f"{self.bytes:,} bytes in {self.shards:,} shards ({self.bytes / max(1, self.source_bytes):.2f} "
                       f"of the bytes before)"),
             ("found", told(self.found)),
-            *([("speed", rate)] if self.made else []),
+            *([("speed", f"{rate:,.0f} images a second on {self.threads} threads ({self.seconds:,.1f} s)")]
+              if self.made else []),
             *([("kept", f"{kept:,} images were packed before")] if kept else []),
             *([("skipped", f"{len(self.damaged):,} damaged images, listed in {self.folder / form.PACK}")]
               if self.damaged else []),

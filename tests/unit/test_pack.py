@@ -213,7 +213,8 @@ def test_a_finished_pack_is_not_made_again(tmp_path: Path, source: Path) -> None
     pack(str(source), destination=to, stage="short32")
     before = packs.content(to)
     (to / ".done-000000.json").write_text("{}")
-    assert pack(str(source), destination=to, stage="short32").made == 0
+    again = pack(str(source), destination=to, stage="short32")
+    assert again.made == 0 and "23 images were packed before" in again.summary()
     assert packs.content(to) == before
     refused("holds a finished pack already, with another --stage", source=source, to=to, stage="raw16")
     other = harness.make_images(tmp_path / "other", samples=24)
