@@ -4,7 +4,8 @@
 
 Trials are round-robin over all cases in shuffled order, one unrecorded warm-up round first, then --rounds rounds. A
 case's rate is the median over rounds; its ratio R is the median of its rates over the limit's (the C program's mode
-sroi2_r, the same images and threads) of the same round. See benchmarks.trial for what one trial counts.
+sroi2_r, the same images and threads) of the same round; "R CPU" is the same of CPU time an image, which other work on
+the machine moves less. See benchmarks.trial for what one trial counts.
 
 Every pipeline makes batches of 128 uint8 images of 224 x 224 by RandomResizedCrop unless its row says otherwise; flips
 are left to the device everywhere but in the float baseline, whose recipe flips on the host. The files are in the page
@@ -185,11 +186,14 @@ class Bench:
             rates = [trial["rate"] for trial in trials]
             roof = self.trials.get((name, ROOFS[name]))
             ratios = [rate / other["rate"] for rate, other in zip(rates, roof, strict=True)] if roof else []
+            costs = [other["cpu_ms"] / trial["cpu_ms"] for trial, other in zip(trials, roof, strict=True)
+                     if trial["cpu_ms"]] if roof else []
             found.append({
                 "set": name, "case": case.name, "family": case.family, "resize": case.resize, "decoder": case.decoder,
                 "output": case.output, "stored": case.stored, "nvidia": case.nvidia, "rate": statistics.median(rates),
                 "ratio": statistics.median(ratios) if ratios else None,
                 "ratio_range": [min(ratios), max(ratios)] if ratios else None,
+                "cpu_ratio": statistics.median(costs) if costs else None,
                 "cpu_ms": statistics.median(trial["cpu_ms"] for trial in trials), "rates": rates})
         return sorted(found, key=lambda row: (list(self.data).index(row["set"]), -row["rate"]))
 
@@ -203,14 +207,16 @@ def page(rows: list[dict[str, Any]], skipped: dict[str, str]) -> str:
     lines = []
     for name in dict.fromkeys(row["set"] for row in rows):
         lines += ["", f"{name}  (R: {ROOFS[name]})",
-                  f"  {'img/s':>8} {'R':>6} {'min-max':>11} {'CPU ms':>7}  pipeline"]
+                  f"  {'img/s':>8} {'R':>6} {'min-max':>11} {'CPU ms':>7} {'R CPU':>6}  pipeline"]
         for row in rows:
             if row["set"] == name:
+                cost = f"{row['cpu_ratio']:6.2f}" if row["cpu_ratio"] is not None else "     -"
                 ratio = f"{row['ratio']:6.2f}" if row["ratio"] is not None else "     -"
                 low_high = "{:.2f}-{:.2f}".format(*row["ratio_range"]) if row["ratio_range"] else "-"
                 told = [row["case"], f"resize {row['resize']}", row["decoder"]]
                 told += [row["output"]] * (row["output"] != "uint8") + [row["stored"]] * (row["stored"] != "as given")
-                lines.append(f"  {row['rate']:8,.0f} {ratio} {low_high:>11} {row['cpu_ms']:7.3f}  {'; '.join(told)}")
+                lines.append(f"  {row['rate']:8,.0f} {ratio} {low_high:>11} {row['cpu_ms']:7.3f} {cost}  "
+                             + "; ".join(told))
     lines += [""] + [f"skipped: {what}: {why}" for what, why in skipped.items()]
     return "\n".join(lines)
 
@@ -251,7 +257,7 @@ def chart(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
         axis.bar_label(bars, labels=[f" {row['rate']:,.0f}/s" for row in group], padding=4, fontsize=7)
         axis.tick_params(labelsize=7)
         axis.set_title(f"{name}: ratio to {ROOFS[name]}" if relative else f"{name}: images a second", fontsize=9)
-        axis.margins(x=0.12)
+        axis.margins(x=0.12, y=0.5 / len(group))
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
