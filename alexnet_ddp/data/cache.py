@@ -29,10 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet_ddp.data.cache_file import ENTRY, LONGEST, ShardFile
-from alexnet_ddp.data.cache_folder import CacheFolder, check_system, default_base, house_in, room, sweep, unusable
+from alexnet_ddp.data.cache_folder import CacheFolder, house_in, sweep, unusable
 from alexnet_ddp.data.index import Index
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.records import Records
+from alexnet_ddp.data.space import check_system, default_base, room
 from alexnet_ddp.data.stages import VERSIONS, Stage
 from alexnet_ddp.data.staging import Stager, storage_order
 from alexnet_ddp.errors import RunFailed

@@ -86,7 +86,7 @@ def _short_side(images: list[bytes]) -> int:
 
 def _rooms(cache_dir: str | None) -> tuple[Room | None, Room | None]:
     """(disk, ram): what a cache could take."""
-    from alexnet_ddp.data.cache_folder import MEMORY_SYSTEMS, default_base, file_system, room
+    from alexnet_ddp.data.space import MEMORY_SYSTEMS, default_base, file_system, room
 
     def of(path: Path) -> Room | None:
         while not path.exists() and path != path.parent:

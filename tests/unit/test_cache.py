@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from alexnet_ddp.data import cache as caches_module
-from alexnet_ddp.data import cache_folder
+from alexnet_ddp.data import space
 from alexnet_ddp.data.cache import CachedRecords, sweep_caches
 from alexnet_ddp.data.cache_file import ShardFile
 from alexnet_ddp.data.index import open_index
@@ -37,7 +37,7 @@ STAGES = ("original", "raw10")
 @pytest.fixture
 def base() -> Iterator[Path]:
     """A folder in memory, where data.cache=ram must lie."""
-    if cache_folder.file_system(Path("/dev/shm")) != "tmpfs":
+    if space.file_system(Path("/dev/shm")) != "tmpfs":
         pytest.skip("/dev/shm is no tmpfs here")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         yield Path(folder)
@@ -457,10 +457,10 @@ def test_memory_is_counted_as_the_kernel_does(tmp_path: Path) -> None:
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 400\nactive_file 100\ninactive_file 150\nshmem 50\n")
     names = ("memory.max", "memory.current", "")
-    assert cache_folder._group_left(tmp_path, *names) == 1000 - 700 + 250
+    assert space._group_left(tmp_path, *names) == 1000 - 700 + 250
     (tmp_path / "memory.max").write_text("max\n")
-    assert cache_folder._group_left(tmp_path, *names) == 2**63
-    assert 0 < cache_folder.memory_left() < 2**50
+    assert space._group_left(tmp_path, *names) == 2**63
+    assert 0 < space.memory_left() < 2**50
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
@@ -608,7 +608,7 @@ def test_the_wrong_sort_of_folder(tmp_path: Path, kind: str, system: str, said: 
                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """A ram cache on a disk, and any cache on a network's file system, are refused with the way out."""
     pieces = make_pieces(tmp_path)
-    monkeypatch.setattr(cache_folder, "file_system", lambda path: system)
+    monkeypatch.setattr(space, "file_system", lambda path: system)
     with pytest.raises(UserError, match=f"{said}.*data.cache"):
         pieces.open_one(kind)
 
