@@ -39,7 +39,8 @@ drills: $(STAMP) ## the full matrices (long); those on Slurm only with ALEXNET_T
 
 gpu: $(STAMP) ## tests and benchmarks that need an NVIDIA GPU
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no usable NVIDIA GPU here: nothing was run")'
-	$(BIN)/python -m pytest tests/gpu $(wildcard benchmarks) $(ARGS)
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+	$(BIN)/python -m benchmarks.gpu_input
 
 # With the lowest Python that we promise, because some packages' newest versions need a later one.
 constraints: PYTHON = python3.11
