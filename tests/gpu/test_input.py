@@ -1,4 +1,4 @@
-"""Input on a real GPU: what feeds the step through pinned slots and from the GPU's memory runs, and its command does."""
+"""Input on a real GPU: what feeds the step by pinned slots and from the GPU's memory runs, and its command does."""
 
 from __future__ import annotations
 
