@@ -52,10 +52,10 @@ def imagenet_like(samples: int = IMAGENET, *, classes: int = CLASSES) -> Table:
     labels = np.arange(samples, dtype=np.int64) * classes // samples
     wnids = [f"n{1_440_764 + 7919 * label:08d}" for label in range(classes)]
     within = np.arange(samples) - np.searchsorted(labels, labels)
-    stems = [sorted(f"{wnid}_{37 * place % 99_991}" for place in range(int((labels == label).sum())))
-             for label, wnid in enumerate(wnids)]
-    joined = "".join(stem for names in stems for stem in names).encode()
-    ends = np.cumsum([len(stem) for names in stems for stem in names])
+    stems: list[str] = []
+    for wnid, count in zip(wnids, np.bincount(labels).tolist(), strict=True):
+        stems += sorted(f"{wnid}_{37 * place % 99_991}" for place in range(count))
+    joined, ends = "".join(stems).encode(), np.cumsum(np.fromiter(map(len, stems), np.int64, len(stems)))
     return Table(
         classes=tuple(wnid.encode() for wnid in wnids), suffixes=(b".JPEG",), base=b"", class_in_path=True,
         class_suffix=b".tar", labels=labels.astype(np.int32),

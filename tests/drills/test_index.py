@@ -118,7 +118,7 @@ def test_fourteen_million(tmp_path: Path) -> None:
 
 def test_a_tar_of_a_million_images(tmp_path: Path) -> None:
     """A tar of tars with 1.28 million headers: killed twice on its way it ends with the index of an unbroken scan."""
-    tar = scale.nested_tar(tmp_path / "ILSVRC2012_img_train.tar", classes=1000, each=1281)
+    tar = scale.nested_tar(tmp_path / "ILSVRC2012_img_train.tar", classes=1000, each=1281, size=512)
     try:
         for seconds in (8, 12):
             process = start(str(tar), tmp_path / "cache", 2.0)
