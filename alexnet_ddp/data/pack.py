@@ -72,8 +72,8 @@ class Packed:
             *([("kept", f"{kept:,} images were packed before")] if kept else []),
             *([("skipped", f"{len(self.damaged):,} damaged images, listed in {self.folder / form.PACK}")]
               if self.damaged else []),
-            ("lies in", str(self.folder)),
-            ("use it", f"data.train={self.folder} data.stored={self.stage}     (or data.val=...)"),
+            ("lies in", str(self.folder.absolute())),
+            ("use it", f"data.train={self.folder.absolute()} data.stored={self.stage}     (or data.val=...)"),
         ]
         return "\n".join(f"{name:<10}{value}" for name, value in lines)
 
@@ -150,6 +150,7 @@ class _Packer:
         ordered = [done[number] for number in shards]
         content = self._content(ordered)
         form.write_json(self._folder / form.PACK, content)
+        form.sync_folder(self._folder.absolute().parent)
         self._clear_all()
         return self._packed(content, made=made, seconds=seconds)
 

@@ -115,6 +115,19 @@ def test_same_bytes(tmp_path: Path, source: Path) -> None:
     assert set(packs.content(tmp_path / "one")) == {"000000.tar", "000001.tar", "000002.tar", "pack.json"}
 
 
+def test_tars_within_a_tar(tmp_path: Path, source: Path) -> None:
+    """A tar of one tar a class, as ImageNet's own training images come, is packed in place."""
+    with tarfile.open(tmp_path / "whole.tar", "w") as whole:
+        for folder in sorted(source.iterdir()):
+            with tarfile.open(tmp_path / f"{folder.name}.tar", "w") as tar:
+                for path in folder.iterdir():
+                    tar.add(path, arcname=path.name)
+            whole.add(tmp_path / f"{folder.name}.tar", arcname=f"{folder.name}.tar")
+    pack(str(tmp_path / "whole.tar"), destination=tmp_path / "nested", stage="short32")
+    pack(str(source), destination=tmp_path / "plain", stage="short32")
+    assert packs.content(tmp_path / "nested") == packs.content(tmp_path / "plain")
+
+
 def test_of_an_original_pack(tmp_path: Path, source: Path) -> None:
     """A pack of originals is a source like any other; one of another stage is refused with the way out."""
     pack(str(source), destination=tmp_path / "originals", stage="original")
