@@ -24,7 +24,7 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   data verify WHERE                   a pack's checksums; --decode: every image in full
   data stats WHERE                    sizes, class balance, mean, deviation and PCA of the colours
   data show CONFIG --out FILE.png     a contact sheet of what the net really sees
-  data doctor                         what this machine's storage and cores can feed
+  data doctor WHERE                   how many GPUs this machine's storage, memory and cores can feed
   data download cifar10 DST           fetch CIFAR-10 and lay it out as folders of images
   demo                                train on two ranks on data made on the spot, stop, go on, prove it exact
 

@@ -14,13 +14,13 @@ from alexnet_ddp.words import Parser
 
 ABOUT = """usage: alexnet-ddp data COMMAND ...
 
-  index WHERE                 what lies in a folder, tar or shards: samples, classes, identity
-  pack SRC DST                the samples in one stored stage, as a few checksummed tars; goes on after a kill
-  verify WHERE                a pack's checksums; --decode: every image of any source, in full
-  stats WHERE                 sizes, class balance, kinds; mean, deviation and PCA of the colours
-  show CONFIG|WHERE --out PNG  a contact sheet of what the net really sees
-  doctor                      what this machine's storage and cores can feed
-  download cifar10 DST        fetch CIFAR-10 and lay it out as folders of images
+  index WHERE                      what lies in a folder, tar or shards: samples, classes, identity
+  pack SRC DST                     the samples in one stored stage, as a few checksummed tars; goes on after a kill
+  verify WHERE                     a pack's checksums; --decode: every image of any source, in full
+  stats WHERE                      sizes, class balance, kinds; mean, deviation and PCA of the colours
+  show CONFIG|WHERE --out FILE.png a contact sheet of what the net really sees
+  doctor WHERE                     how many GPUs this machine's storage, memory and cores can feed
+  download cifar10 DST             fetch CIFAR-10 and lay it out as folders of images
 
 WHERE and SRC: a folder of class directories, a tar, tar::inside, shards or a pack (see docs/data.md).
 alexnet-ddp data COMMAND --help says more."""

@@ -16,6 +16,7 @@ from PIL import Image
 import harness
 import packs
 from alexnet_ddp import cli
+from alexnet_ddp.data import commands
 from alexnet_ddp.data import pack as packing
 from alexnet_ddp.data import pack_format as form
 from alexnet_ddp.data.index import open_index
@@ -457,6 +458,16 @@ def test_the_command_is_light() -> None:
     """The module of the `data` command imports neither NumPy nor Pillow nor torch before a sub-command needs them."""
     code = "import sys; import alexnet_ddp.data.commands; assert not {'numpy', 'PIL', 'torch'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("name", sorted(commands.COMMANDS))
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every sub-command of `data` has help and is named in `data --help`."""
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["data", name, "--help"])
+    assert leaving.value.code == 0
+    assert f"usage: alexnet-ddp data {name} " in capsys.readouterr().out
+    assert f"\n  {name} " in commands.ABOUT
 
 
 @pytest.mark.parametrize(("words", "said"), [
