@@ -25,7 +25,7 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.decode import create_decoder
 from alexnet_ddp.data.device_cache import DeviceCache
-from alexnet_ddp.data.feed import Feed, device_cache, training_records, what_binds
+from alexnet_ddp.data.feed import Feed, device_cache, sweep, training_records, what_binds
 from alexnet_ddp.data.loader import Batch, Loader, Times, decode_threads
 from alexnet_ddp.data.order import check_owner
 from alexnet_ddp.data.randomness import dropout_rows, key
@@ -168,6 +168,8 @@ class Trainer:
         config, world = self.config, self.world
         self.start = self._open_run(accept_changes)
         if self.start.finished:
+            if self.world.local_rank == 0:
+                sweep(self.config)  # what a kill between the end and the cache's removal may have left
             return False
 
         torch.manual_seed(config.seed)
@@ -225,7 +227,7 @@ class Trainer:
         config, world, data = self.config, self.world, self.data
         neighbours = [rank for rank, host in enumerate(world.hosts) if host == world.host]
         records = everywhere(world, lambda: training_records(
-            config, data, rank=world.rank, world=world.size, neighbours=neighbours, say=sinks.say))
+            config, data, rank=world.rank, world=world.size, neighbours=neighbours, say=sinks.say if world.local_rank == 0 else lambda _: None))
         kept = everywhere(world, lambda: device_cache(
             config, data, rank=world.rank, world=world.size, device=world.device,
             most_rows=largest_part(config, world=world.size)))

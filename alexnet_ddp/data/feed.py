@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from alexnet_ddp.config import Config
 from alexnet_ddp.data import views
-from alexnet_ddp.data.cache import NOT_OURS, CachedRecords, home_of, open_cache
+from alexnet_ddp.data.cache import NOT_OURS, CachedRecords, home_of, open_cache, sweep_caches
 from alexnet_ddp.data.decode import Decoder
 from alexnet_ddp.data.device_cache import DeviceCache
 from alexnet_ddp.data.loader import Loader, Times
@@ -91,8 +91,7 @@ def training_records(config: Config, data: Data, *, rank: int, world: int, neigh
         return records
     return open_cache(records, kind=kind, index=data.train, order=data.order, rank=rank, world=world,
                       neighbours=neighbours, run_dir=config.run_dir, ids=data.train_ids,
-                      base=Path(config.data.cache_dir).expanduser() if config.data.cache_dir else None,
-                      limit_bytes=cache_limit(config), say=say)
+                      base=cache_dir(config), limit_bytes=cache_limit(config), say=say)
 
 
 def device_cache(config: Config, data: Data, *, rank: int, world: int, most_rows: int,
@@ -107,6 +106,16 @@ def device_cache(config: Config, data: Data, *, rank: int, world: int, most_rows
 
 def cache_limit(config: Config) -> int | None:
     return None if config.data.cache_gb is None else int(config.data.cache_gb * 1e9)
+
+
+def sweep(config: Config) -> None:
+    """Takes away what finished runs of this user left in the node's caches of this recipe's kind."""
+    if config.data.cache == "disk" or config.data.cache == "ram":
+        sweep_caches(config.data.cache, base=cache_dir(config))
+
+
+def cache_dir(config: Config) -> Path | None:
+    return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else None
 
 
 def what_binds(times: Times, *, seconds: float) -> str:

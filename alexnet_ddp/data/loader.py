@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from alexnet_ddp.data.decode import DamagedImage, Decoder
 from alexnet_ddp.data.randomness import Draws
+from alexnet_ddp.data.raw import TOP, Y, only_cut
 from alexnet_ddp.data.records import Records
-from alexnet_ddp.data.views import ChooseView
+from alexnet_ddp.data.views import ChooseView, Views
 from alexnet_ddp.errors import Unreadable, UserError
 
 CHUNK = 16  # images a task: makes the pool's dispatch cost (25 us) vanish beside the decoding
@@ -44,6 +45,14 @@ class Work:
     choose: Callable[[int], ChooseView]  # row -> (width, height) -> view
     draws: Draws | None = None
     mask: NDArray[np.bool_] | None = None  # evaluation: rows that count (the rest is padding)
+    choose_all: Callable[[int, int], Views] | None = None  # `choose` of all rows at once, for images of one size
+
+    def views(self, width: int, height: int) -> Views:
+        """All views, where all images have this size: int32 [n, 8]."""
+        if self.choose_all is not None:
+            return self.choose_all(width, height)
+        rows = [self.choose(row)(width, height).numbers() for row in range(len(self.samples))]
+        return np.array(rows, np.int32).reshape(-1, 8)
 
 
 class Resident(Protocol):
@@ -77,7 +86,9 @@ class SlotPool:
         self._changed = threading.Condition()
         self._closed = False
         for _ in range(count):
-            images = torch.empty((rows, *shape), dtype=torch.uint8, pin_memory=pin)
+            # NumPy asks the kernel for huge pages, which take a fifth off a copy into them; pinning must be torch's
+            images = (torch.empty((rows, *shape), dtype=torch.uint8, pin_memory=True) if pin else
+                      torch.from_numpy(np.empty((rows, *shape), np.uint8)))
             self._free.append((Slot(images, np.zeros((rows, 8), np.int32)), None))
 
     def take(self) -> Slot | None:
@@ -166,7 +177,7 @@ class Loader:
                  resident: Resident | None = None) -> None:
         self._records, self._labels, self._decoder, self._resident = records, labels, decoder, resident
         self._fill = self._copy if records.stage.kind == "raw" else self._decode
-        self._pool_of_threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._pool_of_threads = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=_alone)
         self._slots = SlotPool(prefetch + 1, rows=rows, shape=shape, pin=pin)
         self._ready: queue.Queue[tuple[Batch, list[Future[None]]] | BaseException | None] = queue.Queue(prefetch)
         self._closing = threading.Event()
@@ -213,8 +224,11 @@ class Loader:
                 if self._resident is not None:
                     sent = sent[self._resident.absent(work.samples)]
                 batch = Batch(work, slot, self._labels[work.samples].astype(np.int64), sent, self._slots)
+                if self._records.stage.kind == "raw":
+                    side = self._records.stage.pixels
+                    batch.views[...] = work.views(side, side)
                 chunks = [self._pool_of_threads.submit(self._fill, batch, first)
-                          for first in range(0, len(work.samples), CHUNK)]
+                          for first in range(0, len(sent), CHUNK)]
                 self._put((batch, chunks))
             self._put(None)
         except BaseException as error:  # surfaces where the batches are taken
@@ -251,26 +265,25 @@ class Loader:
         self._count(reading=reading, decoding=decoding)
 
     def _copy(self, batch: Batch, first: int) -> None:
-        """A chunk of a batch of raw records: the device makes the views."""
-        pixels, side = batch.slot.images.numpy(), self._records.stage.pixels
-        began, height = time.perf_counter(), pixels.shape[1]
-        last = min(first + CHUNK, len(batch.work.samples))
-        at = int(np.searchsorted(batch.sent, first))  # of the chunk's first image in the slot
-        for row in range(first, last):
+        """A chunk of a batch of raw records, of which the device makes the views. Little but the copying is done for
+        each record: some 100,000 of them a second are within reach of two threads."""
+        began, pixels, mask = time.perf_counter(), batch.slot.images.numpy(), batch.work.mask
+        rows = batch.sent[first:first + CHUNK]
+        starts = np.zeros(len(rows), np.int64)
+        if pixels.shape[1] < pixels.shape[2]:  # only the rows that are shown
+            shown = batch.views[rows]
+            assert only_cut(shown)
+            starts = shown[:, TOP].astype(np.int64) + shown[:, Y]
+        samples, read_into = batch.work.samples[rows].tolist(), self._records.read_into
+        starts_in_bytes = (starts * pixels[0, 0].nbytes).tolist()
+        for at, (sample, start) in enumerate(zip(samples, starts_in_bytes, strict=True), first):
             if self._closing.is_set():
                 return
-            view = batch.work.choose(row)(side, side)
-            batch.slot.views[row] = view.numbers()
-            if at == len(batch.sent) or batch.sent[at] != row:
-                continue  # the device has it
-            sample, out = int(batch.work.samples[row]), pixels[at]
-            at += 1
-            if batch.work.mask is not None and not batch.work.mask[row]:
-                out[...] = 0
+            if mask is not None and not mask[batch.sent[at]]:
+                pixels[at] = 0
                 continue
-            assert height == side or (view.only_cut and view.top == 0)
             try:
-                self._records.read_into(sample, out, view.y * out[0].nbytes if height < side else 0)
+                read_into(sample, pixels[at], start)
             except (DamagedImage, OSError) as error:
                 raise self._named(error, sample) from None
         self._count(reading=time.perf_counter() - began)
@@ -293,6 +306,12 @@ class Loader:
         if self._feeder is not None:
             self._feeder.join()
         self._pool_of_threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _alone() -> None:
+    """torch's kernels run on the decode thread that calls them: each would else wake a team as large as the machine,
+    whose members spin while they wait. The number is kept by thread, so the training thread's stays."""
+    torch.set_num_threads(1)
 
 
 def micro_batches(samples: I64, micro_batch: int) -> Sequence[slice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from alexnet_ddp.data.index import Index, check_pair, open_index
 from alexnet_ddp.data.loader import Work, micro_batches
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.randomness import Draws, draw
-from alexnet_ddp.data.views import ChooseView, View
+from alexnet_ddp.data.views import ChooseView, View, Views
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.sections import AugmentSection
 
@@ -81,6 +82,17 @@ def training_view(section: AugmentSection, draws: Draws | None, row: int) -> Cho
     return choose
 
 
+def training_views(section: AugmentSection, draws: Draws, width: int, height: int) -> Views:
+    """How all samples of a batch are shown whose images have one size: training_view of each, int32 [n, 8]."""
+    if section.crop == "random_resized":
+        return views.random_resized_all(width, height, size=section.size, draws=draws.crop, scale=section.scale,
+                                        ratio=section.ratio)
+    if section.crop == "random":
+        return views.random_crop_all(width, height, size=section.size, draws=draws.crop)
+    view = training_view(section, draws, 0)(width, height)
+    return np.tile(np.array(view.numbers(), np.int32), (len(draws.flip), 1))
+
+
 def training_works(config: Config, data: Data, *, first_step: int, rank: int, world: int) -> Iterator[Work]:
     """A rank's micro-batches from `first_step` to the run's end; every step has at least one, perhaps empty."""
     order, section = data.order, config.augment
@@ -96,7 +108,8 @@ def training_works(config: Config, data: Data, *, first_step: int, rank: int, wo
         for number, cut in enumerate(cuts):
             drawn = draws[cut]
             yield Work(step=step, micro=number, micros=len(cuts), samples=mine[cut], draws=drawn,
-                       choose=lambda row, drawn=drawn: training_view(section, drawn, row))  # type: ignore[misc]
+                       choose=partial(training_view, section, drawn),
+                       choose_all=partial(training_views, section, drawn))
 
 
 def has_single_samples(config: Config, order: Order, *, world: int) -> bool:

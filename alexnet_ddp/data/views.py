@@ -35,6 +35,7 @@ class View:
 
 
 ChooseView = Callable[[int, int], View]  # (width, height) of the upright image -> what to show of it
+Views = NDArray[np.int32]  # [n, 8], rows as View.numbers()
 
 
 def random_resized(width: int, height: int, *, size: int, draws: NDArray[np.float64],
@@ -53,6 +54,35 @@ def random_resized(width: int, height: int, *, size: int, draws: NDArray[np.floa
     elif width > ratio[1] * height:
         w = min(width, round(height * ratio[1]))
     return View((width - w) // 2, (height - h) // 2, w, h, size, size, 0, 0)
+
+
+def random_resized_all(width: int, height: int, *, size: int, draws: NDArray[np.float64],
+                       scale: tuple[float, float], ratio: tuple[float, float]) -> Views:
+    """`random_resized` for n images of one size: draws [n, CROP_DRAWS] -> int32 [n, 8], the same numbers."""
+    views = np.tile(np.array([0, 0, 0, 0, size, size, 0, 0], np.int32), (len(draws), 1))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    left = np.arange(len(draws))  # those whose tries have not fitted yet
+    for number in range(CROP_TRIES):
+        a, r, u, v = draws[left, 4 * number:4 * number + 4].T
+        area = width * height * (scale[0] + a * (scale[1] - scale[0]))
+        aspect = np.array([math.exp(low + draw * (high - low)) for draw in r.tolist()])  # NumPy's may round otherwise
+        w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        views[left[fits], :4] = np.stack([u * (width - w + 1), v * (height - h + 1), w, h], -1)[fits].astype(np.int32)
+        left = left[~fits]
+        if not len(left):
+            break
+    for row in left.tolist():
+        views[row] = random_resized(width, height, size=size, draws=draws[row], scale=scale, ratio=ratio).numbers()
+    return views
+
+
+def random_crop_all(width: int, height: int, *, size: int, draws: NDArray[np.float64]) -> Views:
+    """`random_crop` for n images of one size: draws [n, at least 2] -> int32 [n, 8], the same numbers."""
+    w, h = short_side(width, height, short=short_for(size))
+    views = np.tile(np.array([0, 0, width, height, w, h, 0, 0], np.int32), (len(draws), 1))
+    views[:, 6:] = (draws[:, :2] * [w - size + 1, h - size + 1]).astype(np.int32)
+    return views
 
 
 def short_side(width: int, height: int, *, short: int) -> tuple[int, int]:

@@ -110,6 +110,19 @@ def test_random_resized_is_torchvision_s(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 10 < fallbacks < 150
 
 
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (73, 73), (40, 400), (1, 1)])
+def test_all_at_once_are_the_same_views(width: int, height: int) -> None:
+    """Views drawn for a whole batch of images of one size are, number for number, those drawn one by one."""
+    draws = uniform(key(np.arange(300), width), CROP_DRAWS)
+    for scale, ratio in (((0.08, 1.0), (0.75, 4 / 3)), ((0.9, 1.0), (0.75, 4 / 3)), ((1.0, 1.0), (0.3, 0.4))):
+        together = views.random_resized_all(width, height, size=SIZE, draws=draws, scale=scale, ratio=ratio)
+        assert together.tolist() == [list(views.random_resized(
+            width, height, size=SIZE, draws=row, scale=scale, ratio=ratio).numbers()) for row in draws]
+    together = views.random_crop_all(width, height, size=SIZE, draws=draws)
+    assert together.tolist() == [list(views.random_crop(width, height, size=SIZE, draws=row).numbers())
+                                 for row in draws]
+
+
 def test_views_stay_inside() -> None:
     """Every view of every shape, one pixel high or wide too, lies inside the image and holds the whole square."""
     ends = np.array([0.0, 1 - 2.0**-53])
