@@ -226,8 +226,9 @@ class Trainer:
         """What is trained on, through the cache that is asked for, and what is evaluated on."""
         config, world, data = self.config, self.world, self.data
         neighbours = [rank for rank, host in enumerate(world.hosts) if host == world.host]
+        say = sinks.say if world.local_rank == 0 else lambda line: None
         records = everywhere(world, lambda: training_records(
-            config, data, rank=world.rank, world=world.size, neighbours=neighbours, say=sinks.say if world.local_rank == 0 else lambda _: None))
+            config, data, rank=world.rank, world=world.size, neighbours=neighbours, say=say))
         kept = everywhere(world, lambda: device_cache(
             config, data, rank=world.rank, world=world.size, device=world.device,
             most_rows=largest_part(config, world=world.size)))
