@@ -129,7 +129,7 @@ class _Packer:
                      "source_samples": len(index), "samples_per_shard": per_shard, "made_with": VERSIONS}
 
     def run(self) -> Packed:
-        finished = form.read_json(self._folder / form.PACK)
+        finished = form.read_pack(self._folder)
         if finished is not None:
             return self._is_there(finished)
         begun = form.read_json(self._folder / form.JOB)

@@ -144,6 +144,24 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def read_pack(folder: Path) -> dict[str, Any] | None:
+    """A folder's pack.json, None where there is none. UserError where something is missing in it."""
+    content = read_json(folder / PACK)
+    if content is None:
+        return None
+    kinds = {"stage": str, "identity": str, "source_identity": str, "samples": int, "classes": int, "shards": list,
+             "samples_per_shard": int, "source_bytes": int, "found": dict, "damaged": list}
+    of_shard = {"name": str, "samples": int, "bytes": int, "sha256": str}
+    missing = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    if not missing and not all(isinstance(shard, dict) and isinstance(shard.get(name), kind)
+                               for shard in content["shards"] for name, kind in of_shard.items()):
+        missing = ["shards"]
+    if missing:
+        raise UserError(f"{folder / PACK}: isn't what `alexnet-ddp data pack` writes ({', '.join(missing)}). Copy it "
+                        f"again from where the pack was made, or remove the folder and pack again.")
+    return content
+
+
 def sync_folder(folder: Path) -> None:
     """New names in a folder survive a power failure after this."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -77,7 +77,7 @@ def verify(locator: str, *, decode: bool = False, threads: int | None = None, ca
     """
     threads, report = threads or cores_here(), Report(locator)
     folder = Path(locator).expanduser()
-    content = form.read_json(folder / form.PACK) if folder.is_dir() else None
+    content = form.read_pack(folder) if folder.is_dir() else None
     if content is not None:
         _check_shards(folder, content, report, threads=threads)
         report.samples = content["samples"]

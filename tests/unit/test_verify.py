@@ -74,6 +74,20 @@ def test_pack_json_is_checked(packed: Path, change: dict[str, object], said: str
     assert any(re.search(said, one.why) for one in verify(str(packed)).problems)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 2}', '{"schema": 1}', "no name", "no sums"])
+def test_a_pack_json_that_isn_t_one(packed: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pack.json that is cut short, foreign or lacks something is one message, for verify and for pack."""
+    told = json.loads((packed / "pack.json").read_text())
+    if text == "no name":
+        del told["shards"][0]["name"]
+    if text == "no sums":
+        told["shards"] = {"000000.tar": 5}
+    (packed / "pack.json").write_text(json.dumps(told) if text.startswith("no ") else text)
+    for words in (["verify", str(packed)], ["pack", str(packed.parent / "source"), str(packed), "--stage", "short32"]):
+        assert cli.main(["data", *words]) == EXIT_USER
+        assert "pack.json: " in capsys.readouterr().err
+
+
 def test_counts_of_shards(packed: Path) -> None:
     """Each shard must hold as many samples as pack.json says."""
     told = json.loads((packed / "pack.json").read_text())
