@@ -177,6 +177,7 @@ class Loader:
                  resident: Resident | None = None) -> None:
         self._records, self._labels, self._decoder, self._resident = records, labels, decoder, resident
         self._fill = self._copy if records.stage.kind == "raw" else self._decode
+        torch.get_num_threads()  # settles this thread's number, which it would else take from what `_alone` sets
         self._pool_of_threads = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=_alone)
         self._slots = SlotPool(prefetch + 1, rows=rows, shape=shape, pin=pin)
         self._ready: queue.Queue[tuple[Batch, list[Future[None]]] | BaseException | None] = queue.Queue(prefetch)
@@ -310,7 +311,7 @@ class Loader:
 
 def _alone() -> None:
     """torch's kernels run on the decode thread that calls them: each would else wake a team as large as the machine,
-    whose members spin while they wait. The number is kept by thread, so the training thread's stays."""
+    whose members spin while they wait. The number is a thread's own, so the training thread's stays."""
     torch.set_num_threads(1)
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -390,3 +392,16 @@ def test_forwards_of_a_single_sample_are_foreseen() -> None:
         assert has_single_samples(config, order, world=world) == single, (samples, micro_batch, world)
         seen.add(single)
     assert seen == {True, False}
+
+
+def test_decode_threads_use_one_core_each() -> None:
+    """Kernels of torch that a decode thread calls wake no team of threads, and the training thread keeps its own."""
+    script = ("import torch\ntorch.set_num_threads(2)\nfrom alexnet_ddp.data import loader\n"
+              "from alexnet_ddp.data.stages import parse_stage\nimport numpy as np\n"
+              "class Records:\n stage = parse_stage('original')\n"
+              "made = loader.Loader(Records(), np.zeros(1, np.int32), None, rows=1, shape=(8, 8, 3), threads=1,\n"
+              "                     prefetch=2)\n"
+              "inside = made._pool_of_threads.submit(torch.get_num_threads).result()\nmade.close()\n"
+              "print(inside, torch.get_num_threads())")
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert found.stdout.split() == ["1", "2"], found.stderr
