@@ -52,11 +52,11 @@ class Absent(Exception):
 class Process:
     """benchmarks.trial with one module, kept for the whole run."""
 
-    def __init__(self, python: str, module: str, *, threads: int, log: Path) -> None:
+    def __init__(self, python: str, module: str, *, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log, self._errors = log, log.open("wb")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                       "TF_CPP_MIN_LOG_LEVEL": "2", "BENCH_THREADS": str(threads)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2",
+                       "OMP_WAIT_POLICY": "PASSIVE"}  # as `alexnet-ddp train` sets it; no peer is slower for it
         self._process = subprocess.Popen([python, "-m", "benchmarks.trial", module], cwd=ROOT, text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
                                          env=environment)
@@ -125,7 +125,7 @@ class Bench:
             self.skipped[name] = "its terms forbid publishing figures: --with-nvidia runs it and prints them only here"
             return
         python = self.options.peer_python if ".peers." in module else sys.executable
-        process = Process(python, module, threads=self.options.threads, log=self._work / "logs" / f"{name}.log")
+        process = Process(python, module, log=self._work / "logs" / f"{name}.log")
         self._all.append(process)
         try:
             found = process.ask(do="cases")
