@@ -110,6 +110,7 @@ class _Tar:
         if part is None:
             part = self._part(descriptor, offset, size, f"{self._path}: {text(path)}", path[:-4] + b"/", None)
             part.inner.add(path[:-4])
+            part.listing.bare_directories.add(path[:-4])  # a class, even if it holds nothing
             self._journal.add(key, part)
         return part
 

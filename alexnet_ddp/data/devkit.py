@@ -63,7 +63,7 @@ def absent(place: str, images: int, folders: Sequence[str]) -> UserError:
     return UserError(
         f"{place}: {images} validation images of ILSVRC2012 without class directories: their labels are in the "
         f"development kit, which isn't there.\n"
-        f"Put {PACKED[0]} (from where the images came from; not unpacked, or as the folder {KIT}) into {folders[0]}."
+        f"Put {PACKED[0]} (from where the images are from), or the folder {KIT} out of it, into {folders[0]}."
     )
 
 

@@ -1,8 +1,9 @@
-"""ImageNet's validation images as published: flat, labelled by the devkit that lies beside them."""
+"""ImageNet's flat images as published: validation images labelled by the devkit, training images by their tar."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from alexnet_ddp.data.sources import Source, listed
 from alexnet_ddp.data.table import Listing, text
 from alexnet_ddp.errors import UserError
 
+_WORDNET = re.compile(rb"n[0-9]{8}")
+
 
 @dataclass(frozen=True)
 class Official:
@@ -24,6 +27,23 @@ class Official:
     labels: npt.NDArray[np.int32]  # [rows]
     base: bytes  # the directory that the images lie in
     kit: Devkit
+
+
+def find_class_tars(listing: Listing, source: Source) -> tuple[list[bytes], npt.NDArray[np.int32]] | None:
+    """Classes and labels [rows] where each tar is one of ImageNet's inner ones, n01440764.tar, with flat images.
+
+    So it is when the outer archive was unpacked and the inner ones were not.
+    """
+    stems = [os.fsencode(os.path.basename(path))[:-4] for path in source.paths]
+    if source.kind != "tar" or set(listing.directories) != {b""} or not all(map(_WORDNET.fullmatch, stems)):
+        return None
+    containers = np.frombuffer(listing.container, dtype=np.int32)
+    classes = sorted({stems[number] for number in np.unique(containers).tolist()})
+    if empty := sorted(set(stems) - set(classes)):
+        raise UserError(f"{source}: the tar of a class must hold images, but {len(empty)} hold none: "
+                        f"{listed([text(stem) for stem in empty])}.\nFetch or make them again, or remove them.")
+    place = {name: number for number, name in enumerate(classes)}
+    return classes, np.array([place.get(stem, -1) for stem in stems], dtype=np.int32)[containers]
 
 
 def find_official(listing: Listing, source: Source) -> Official | None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_ddp.data.layout import Layout, find_layout, no_images, note_others
-from alexnet_ddp.data.official import find_official
+from alexnet_ddp.data.official import find_class_tars, find_official
 from alexnet_ddp.data.parts import Part
 from alexnet_ddp.data.shards import find_keyed
 from alexnet_ddp.data.sources import Source, Stamp, listed, stamp_of
@@ -42,6 +42,11 @@ def finish(whole: Part, stamps: Sequence[Stamp], source: Source) -> Scan:
                             base=official.base, class_in_path=False, containers=source.paths)
         note = f"labels from {official.kit.files[0]}"
         return table, [*stamps, *map(stamp_of, official.kit.files)], [note, *note_others(listing)]
+
+    if (by_tar := find_class_tars(listing, source)) is not None:
+        table = build_table(listing, classes=by_tar[0], labels=by_tar[1], prefixes=[b""], base=b"",
+                            class_in_path=False, containers=source.paths)
+        return table, list(stamps), note_others(listing)
 
     layout = find_layout(listing, source, base=_base_of_tars(whole, source))
     in_tars = {b"/".join(filter(None, (layout.base, name))) for name in layout.classes} <= whole.inner

@@ -64,6 +64,21 @@ def test_a_tar_of_tars_is_the_folder_it_would_unpack_to(tmp_path: Path) -> None:
                 assert out.tobytes() == folder.read(3)[2:6]
 
 
+def test_a_folder_of_class_tars(tmp_path: Path) -> None:
+    """The outer archive unpacked, the inner ones not: each tar is a class, with the same identity and bytes."""
+    for name, data in nested(TRAIN).items():
+        (tmp_path / "unpacked").mkdir(exist_ok=True)
+        (tmp_path / "unpacked" / name).write_bytes(data)
+    folder = open_index(str(make_folder(tmp_path / "folder", TRAIN)))
+    with open_index(f"{tmp_path}/unpacked") as index:
+        assert index.identity == folder.identity
+        assert [index.read(n) for n in range(len(index))] == [folder.read(n) for n in range(len(folder))]
+        assert index.where(4) == f"{tmp_path}/unpacked/n01443537.tar: n01443537_300.JPEG at offset 3584"
+    # Tars called like this that hold class directories are shards like any others.
+    make_tar(tmp_path / "dirs/n01440764.tar", {"cat/1.jpg": b"x", "dog/2.jpg": b"y"})
+    assert names(tmp_path / "dirs") == ["cat/1", "dog/2"]
+
+
 def test_offsets_are_those_of_the_outer_file(tmp_path: Path) -> None:
     """A message names the inner tar, the member and the offset in the outer file at which its bytes lie."""
     tar = make_tar(tmp_path / "outer.tar", nested(TRAIN, below="train/"))
@@ -107,6 +122,16 @@ def test_links_and_empty_images_in_inner_tars_are_named(tmp_path: Path) -> None:
     """What holds no bytes in an inner tar is refused with both names."""
     tar = make_tar(tmp_path / "a.tar", nested({"n01/1.JPEG": b"", "n01/2.JPEG": b"x"}))
     assert f"1 image files hold no bytes: {tar}: n01.tar: n01/1.JPEG" in refusal(tar)
+
+
+def test_class_tars_without_images_are_named(tmp_path: Path) -> None:
+    """An inner tar, or a class tar of a folder, that holds no image is refused: its class would be lost in silence."""
+    empty = {"n09999999.tar": tar_bytes({"readme.txt": b"x"})}
+    assert "1 hold none: n09999999." in refusal(make_tar(tmp_path / "outer.tar", nested(TRAIN) | empty))
+    for name, data in (nested(TRAIN) | empty).items():
+        (tmp_path / "unpacked").mkdir(exist_ok=True)
+        (tmp_path / "unpacked" / name).write_bytes(data)
+    assert "1 hold none: n09999999." in refusal(tmp_path / "unpacked")
 
 
 def test_a_folder_of_the_published_archives_names_them(tmp_path: Path) -> None:
