@@ -24,8 +24,9 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from alexnet_ddp.data import resize
-from alexnet_ddp.data.resize import Box, Quality
+from alexnet_ddp.data import jpeg, resize
+from alexnet_ddp.data.jpeg import JpegLibrary, NotForThis
+from alexnet_ddp.data.resize import Quality
 from alexnet_ddp.data.views import ChooseView, View
 from alexnet_ddp.errors import UserError
 
@@ -43,10 +44,6 @@ class DamagedImage(Exception):
     """The bytes are no image that can be decoded whole; the loader adds where they lie."""
 
 
-class NotForThis(Exception):
-    """A JPEG library declines, or warns: Pillow then decodes the image, or says what is wrong with it."""
-
-
 class Decoder(Protocol):
     """Writes the chosen view of an encoded image into `out` (uint8 [size, size, channels], 1 or 3 channels)."""
 
@@ -55,23 +52,6 @@ class Decoder(Protocol):
 
     def __call__(self, data: bytes, choose: ChooseView, out: U8) -> View:
         """Raises DamagedImage."""
-        ...
-
-
-class JpegLibrary(Protocol):
-    """What a JPEG library is asked for; calls may come from any number of threads."""
-
-    name: str
-    version: str
-
-    def size(self, data: bytes) -> tuple[int, int]:
-        """Width and height of a grey or YCbCr JPEG. Raises NotForThis."""
-        ...
-
-    def pixels(self, data: bytes, view: View, *, parts: int, channels: int) -> tuple[U8, Box]:
-        """uint8 [h, w, channels], which may be overwritten by the thread's next call, and where in it the view's box
-        lies. A library that can decodes at the smallest fraction that leaves `parts` times the pixels that are shown,
-        each way. Raises NotForThis."""
         ...
 
 
@@ -131,8 +111,6 @@ def create_decoder(name: str, *, quality: Quality = "antialias") -> Decoder:
         raise UserError(f"data.decoder must be auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}, got '{name}'.")
     if name == "pillow":
         return PillowDecoder(quality=quality)
-    from alexnet_ddp.data import jpeg
-
     if name == "auto":
         name = "turbojpeg" if jpeg.turbojpeg_is_there() else "simplejpeg"
     if name in ("nvimgcodec", "torchcodec") and importlib.util.find_spec(

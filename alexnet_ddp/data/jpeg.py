@@ -1,10 +1,10 @@
-"""The JPEG libraries behind the decoders, each brought to the same two questions (decode.JpegLibrary)."""
+"""The JPEG libraries behind the decoders, each brought to the same two questions (JpegLibrary)."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import simplejpeg
@@ -12,11 +12,31 @@ import torch
 from numpy.typing import NDArray
 
 from alexnet_ddp.data import turbojpeg
-from alexnet_ddp.data.decode import JpegLibrary, NotForThis
 from alexnet_ddp.data.resize import Box
 from alexnet_ddp.data.views import View
 
 U8 = NDArray[np.uint8]
+
+
+class NotForThis(Exception):
+    """A JPEG library declines, or warns: Pillow then decodes the image, or says what is wrong with it."""
+
+
+class JpegLibrary(Protocol):
+    """What a JPEG library is asked for; calls may come from any number of threads."""
+
+    name: str
+    version: str
+
+    def size(self, data: bytes) -> tuple[int, int]:
+        """Width and height of a grey or YCbCr JPEG. Raises NotForThis."""
+        ...
+
+    def pixels(self, data: bytes, view: View, *, parts: int, channels: int) -> tuple[U8, Box]:
+        """uint8 [h, w, channels], which may be overwritten by the thread's next call, and where in it the view's box
+        lies. A library that can decodes at the smallest fraction that leaves `parts` times the pixels that are shown,
+        each way. Raises NotForThis."""
+        ...
 
 
 def open_library(name: str, *, fast: bool) -> JpegLibrary:
