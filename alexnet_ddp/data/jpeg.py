@@ -17,6 +17,8 @@ from alexnet_ddp.data.views import View
 
 U8 = NDArray[np.uint8]
 
+MOST_KEPT = 2**26  # bytes a thread keeps for decoded pixels: 22 megapixels; rarer, larger photographs get their own
+
 
 class NotForThis(Exception):
     """A JPEG library declines, or warns: Pillow then decodes the image, or says what is wrong with it."""
@@ -61,6 +63,8 @@ class Memory(threading.local):
     def array(self, height: int, width: int, channels: int) -> U8:
         """uint8 [height, width, channels], contiguous; what it held is lost at the next call in this thread."""
         size = height * width * channels
+        if size > MOST_KEPT:
+            return np.empty((height, width, channels), np.uint8)
         if self._bytes.size < size:
             self._bytes = np.empty(size + size // 2, np.uint8)
         return self._bytes[:size].reshape(height, width, channels)

@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision import transforms
 
+import photographs
 from alexnet_ddp.data import decode, turbojpeg, views
 from alexnet_ddp.data.decode import DamagedImage, create_decoder
+from alexnet_ddp.data.index import open_index
 from alexnet_ddp.data.jpeg import fraction
 from alexnet_ddp.data.randomness import CROP_DRAWS, key, uniform
+from alexnet_ddp.data.resize import Quality
 from alexnet_ddp.data.views import ChooseView, View
 from alexnet_ddp.errors import UserError
 
@@ -260,6 +263,29 @@ def test_a_region_is_what_the_whole_holds(subsampling: int, progressive: bool) -
             pixels, x, y = turbo.decode(data, box=(left, top, right, bottom), fraction=part, channels=3, memory=memory)
             mine = pixels[top - y:bottom - y, left - x:right - x]
             assert np.array_equal(mine, all_of_it[top:bottom, left:right]), (part, left, top, right, bottom)
+
+
+def test_bounds_on_photographs() -> None:
+    """On ImageNet photographs at 224, random resized crops: antialias within 0.1/255 of Pillow's pixels on average and
+    0.5/255 in every image; fast at a median PSNR of more than 35 dB; and the libraries agree to the bit."""
+    qualities: list[Quality] = ["antialias", "fast"]
+    with open_index(f"{photographs.archive('imagenet-sample.tar')}::train") as index:
+        for quality in qualities:
+            decoders = [create_decoder(name, quality=quality) for name in ("simplejpeg", "turbojpeg")
+                        if name == "simplejpeg" or turbojpeg.find_library()]
+            means, noise = [], []
+            for sample in range(0, len(index), 17):
+                data, choose = index.read(sample), random_view(uniform(key(sample), CROP_DRAWS), size=224)
+                expected = decoded(DECODERS[0], data, choose, size=224)
+                found = [decoded(decoder, data, choose, size=224) for decoder in decoders]
+                assert all(np.array_equal(other, found[0]) for other in found)
+                error = found[0] - expected
+                means.append(np.abs(error).mean())
+                noise.append(10 * np.log10(255**2 / max(1e-9, (error**2).mean())))
+            if quality == "antialias":
+                assert np.mean(means) < 0.1 and max(means) < 0.5
+            else:
+                assert np.median(noise) > 35.0
 
 
 # --- kinds of files ---------------------------------------------------------------------------------------------
