@@ -11,7 +11,7 @@ from PIL import Image
 from alexnet_ddp.data.decode import DamagedImage
 
 TURNING = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-KINDS = ("grey", "CMYK", "palette", "transparent", "16 bits", "turned by EXIF", "PNG")  # in the order they are told
+KINDS = ("grey", "CMYK", "palette", "transparent", "16-bit", "turned by EXIF", "PNG")  # in the order they are told
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Facts:
             "CMYK": self.mode == "CMYK",
             "palette": self.mode in ("P", "PA"),
             "transparent": self.transparent,
-            "16 bits": self.mode.startswith("I"),
+            "16-bit": self.mode.startswith("I"),
             "turned by EXIF": self.orientation != 1,
             "PNG": self.format == "PNG",
         }

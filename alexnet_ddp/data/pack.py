@@ -64,12 +64,12 @@ class Packed:
         lines = [
             ("packed", f"{self.samples:,} images of {self.classes:,} classes as {self.stage}"),
             ("before", f"{self.source_bytes:,} bytes"),
-            ("after", f"{self.bytes:,} bytes in {self.shards:,} shards ({self.bytes / max(1, self.source_bytes):.2f} "
-                      f"of the bytes before)"),
+            ("after", f"{self.bytes:,} bytes in {self.shards:,} shard{'' if self.shards == 1 else 's'} "
+                      f"({self.bytes / max(1, self.source_bytes):.2f} times the bytes before)"),
             ("found", told(self.found)),
             *([("speed", f"{rate:,.0f} images a second on {self.threads} threads ({self.seconds:,.1f} s)")]
               if self.made else []),
-            *([("kept", f"{kept:,} images were packed before")] if kept else []),
+            *([("kept", f"{kept:,} images of the source were done before")] if kept else []),
             *([("skipped", f"{len(self.damaged):,} damaged images, listed in {self.folder / form.PACK}")]
               if self.damaged else []),
             ("lies in", str(self.folder.absolute())),

@@ -66,7 +66,7 @@ class Report:
                 lines.append(f"{name:<10}{one.where}{sample}: {one.why}")
             if len(findings) > LISTED:
                 lines.append(f"{name:<10}and {len(findings) - LISTED:,} more; --json has all")
-        lines.append(f"{'verdict':<10}" + ("all is well" if self.is_well else f"{len(self.problems):,} problems"))
+        lines.append(f"{'verdict':<10}" + ("all is well" if self.is_well else f"{len(self.problems):,} damaged"))
         return "\n".join(lines)
 
 

@@ -53,7 +53,7 @@ def test_a_pack_is_its_source(tmp_path: Path, stage: str) -> None:
     source = packs.every_kind(tmp_path / "source")
     made = pack(str(source), destination=tmp_path / "pack", stage=stage, samples_per_shard=4)
     assert (made.samples, made.classes, made.shards) == (10, 2, 3)
-    assert made.found == {"grey": 2, "CMYK": 1, "palette": 1, "transparent": 1, "16 bits": 1, "turned by EXIF": 1,
+    assert made.found == {"grey": 2, "CMYK": 1, "palette": 1, "transparent": 1, "16-bit": 1, "turned by EXIF": 1,
                           "PNG": 5}
     with open_index(str(source)) as before, open_index(str(tmp_path / "pack")) as after:
         assert (after.stage, after.identity, after.classes) == (stage, before.identity, before.classes)
@@ -217,7 +217,7 @@ def test_goes_on(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "cut" / ".tmp-000003.tar").write_bytes(b"of a kill")
     made = pack(str(source), destination=tmp_path / "cut", stage="short32", samples_per_shard=6)
     assert made.made == 11
-    assert "12 images were packed before" in made.summary()
+    assert "12 images of the source were done before" in made.summary()
     assert packs.content(tmp_path / "cut") == packs.content(tmp_path / "whole")
 
 
@@ -228,7 +228,7 @@ def test_a_finished_pack_is_not_made_again(tmp_path: Path, source: Path) -> None
     before = packs.content(to)
     (to / ".done-000000.json").write_text("{}")
     again = pack(str(source), destination=to, stage="short32")
-    assert again.made == 0 and "23 images were packed before" in again.summary()
+    assert again.made == 0 and "23 images of the source were done before" in again.summary()
     assert packs.content(to) == before
     refused("holds a finished pack already, with another --stage", source=source, to=to, stage="raw16")
     other = harness.make_images(tmp_path / "other", samples=24)

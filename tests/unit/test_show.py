@@ -117,7 +117,7 @@ def test_one_sample_over_epochs(tmp_path: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "squares", "side"), [
-    (["--count", "99", "augment.size=64"], 23, 192),  # all there are, each enlarged threefold
+    (["--count", "99", "augment.size=64", "data.limit=6"], 6, 192),  # all there are, each enlarged threefold
     (["--stages", "--epoch", "3", "--count", "2", "augment.size=64"], 4, 192),
     (["--sample", "4", "--count", "3", "augment.crop=random", "augment.size=200"], 3, 200)])
 def test_the_sheet(tmp_path: Path, source: Path, words: list[str], squares: int, side: int,

@@ -109,7 +109,7 @@ def test_every_image_is_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [(one["where"], one["sample"]) for one in told["problems"]] == [(str(files[0]), 0), (str(files[1]), 2)]
     assert "truncated" in told["problems"][0]["why"].lower() and told["problems"][1]["why"] == "no bytes"
     assert [one["why"].partition(" by")[0] for one in told["notes"]] == ["is a PNG"]
-    assert told["found"] == {"grey": 2, "palette": 1, "transparent": 1, "16 bits": 1, "turned by EXIF": 1, "PNG": 5}
+    assert told["found"] == {"grey": 2, "palette": 1, "transparent": 1, "16-bit": 1, "turned by EXIF": 1, "PNG": 5}
 
 
 def test_places_in_a_tar(tmp_path: Path) -> None:
@@ -134,4 +134,4 @@ def test_without_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     empty.write_bytes(b"")
     assert cli.main(["data", "verify", str(source)]) == EXIT_USER
     out = capsys.readouterr().out
-    assert f"{empty} (sample 3): no bytes" in out and "1 problems" in out
+    assert f"{empty} (sample 3): no bytes" in out and "1 damaged" in out
