@@ -267,7 +267,7 @@ def test_a_region_is_what_the_whole_holds(subsampling: int, progressive: bool) -
 
 def test_bounds_on_photographs() -> None:
     """On ImageNet photographs at 224, random resized crops: antialias within 0.1/255 of Pillow's pixels on average and
-    0.5/255 in every image; fast at a median PSNR of more than 35 dB; and the libraries agree to the bit."""
+    0.5/255 in every image; fast at a median PSNR of more than 35 dB; the libraries agree to the bit, in fast within 1."""
     qualities: list[Quality] = ["antialias", "fast"]
     with open_index(f"{photographs.archive('imagenet-sample.tar')}::train") as index:
         for quality in qualities:
@@ -278,7 +278,8 @@ def test_bounds_on_photographs() -> None:
                 data, choose = index.read(sample), random_view(uniform(key(sample), CROP_DRAWS), size=224)
                 expected = decoded(DECODERS[0], data, choose, size=224)
                 found = [decoded(decoder, data, choose, size=224) for decoder in decoders]
-                assert all(np.array_equal(other, found[0]) for other in found)
+                apart = max(np.abs(other - found[0]).max() for other in found)
+                assert apart <= (0 if quality == "antialias" else 1)
                 error = found[0] - expected
                 means.append(np.abs(error).mean())
                 noise.append(10 * np.log10(255**2 / max(1e-9, (error**2).mean())))
