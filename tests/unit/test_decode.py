@@ -267,7 +267,7 @@ def test_a_region_is_what_the_whole_holds(subsampling: int, progressive: bool) -
 
 def test_bounds_on_photographs() -> None:
     """On ImageNet photographs at 224, random resized crops: antialias within 0.1/255 of Pillow's pixels on average and
-    0.5/255 in every image; fast at a median PSNR of more than 35 dB; the libraries agree to the bit, in fast within 1."""
+    0.5/255 in every image; fast at a median PSNR over 35 dB; the libraries agree to the bit, in fast within 1/255."""
     qualities: list[Quality] = ["antialias", "fast"]
     with open_index(f"{photographs.archive('imagenet-sample.tar')}::train") as index:
         for quality in qualities:
