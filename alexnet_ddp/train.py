@@ -22,6 +22,7 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp import distributed, faults, replica, sinks
 from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.config import Config
+from alexnet_ddp.cores import usable_cores
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.decode import create_decoder
 from alexnet_ddp.data.device_cache import DeviceCache
@@ -123,7 +124,7 @@ def prepare_torch(config: Config, world: World) -> None:
 
 def cores(world: World) -> int:
     """Cores that this rank has."""
-    return distributed.cores_of_a_rank(len(os.sched_getaffinity(0)), local_size=world.local_size,
+    return distributed.cores_of_a_rank(usable_cores(), local_size=world.local_size,
                                        environment=os.environ)
 
 
