@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+from alexnet_ddp.cores import usable_cores
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -16,9 +18,9 @@ AHEAD = 2  # items begun or finished ahead of the one whose turn it is, for each
 
 
 def cores_here() -> int:
-    """Cores that this process may use: those it is bound to, or that Slurm gave its task."""
-    bound, of_task = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return max(1, min(bound, int(of_task))) if of_task.isdigit() else bound
+    """Cores that this process may use: those it really has, or fewer where Slurm gave its task fewer."""
+    usable, of_task = usable_cores(), os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return max(1, min(usable, int(of_task))) if of_task.isdigit() else usable
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int) -> Iterator[Result]:

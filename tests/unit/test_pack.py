@@ -16,7 +16,7 @@ from PIL import Image
 import harness
 import packs
 from alexnet_ddp import cli
-from alexnet_ddp.data import commands
+from alexnet_ddp.data import commands, parallel
 from alexnet_ddp.data import pack as packing
 from alexnet_ddp.data import pack_format as form
 from alexnet_ddp.data.index import open_index
@@ -452,6 +452,14 @@ def test_in_order_is_bounded() -> None:
     assert [next(broken) for _ in range(5)] == [0, 0, 0, 0, 1]
     with pytest.raises(ZeroDivisionError):
         next(broken)
+
+
+@pytest.mark.parametrize(("slurm", "usable", "expected"), [("", 6, 6), ("4", 6, 4), ("8", 6, 6), ("2(x3)", 6, 6)])
+def test_cores_here(monkeypatch: pytest.MonkeyPatch, slurm: str, usable: int, expected: int) -> None:
+    """Threads by default: the cores there are, or fewer where Slurm gave the task fewer."""
+    monkeypatch.setattr(parallel, "usable_cores", lambda: usable)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+    assert parallel.cores_here() == expected
 
 
 def test_the_command_is_light() -> None:
