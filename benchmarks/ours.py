@@ -79,7 +79,8 @@ def batches(case: Case, data: Data, options: Options) -> Iterator[int]:
                 for batch in loader.run(training_works(config, opened, first_step=0, rank=0, world=1)):
                     count = len(batch.work.samples)
                     batch.release()
-                    yield count
+                    if config.data.cache == "none" or feed.cached == 1.0:  # a cache is timed once it is full
+                        yield count
         finally:
             feed.close(finished=True)
     finally:
