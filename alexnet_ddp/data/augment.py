@@ -18,10 +18,10 @@ from alexnet_ddp.data.randomness import Draws
 from alexnet_ddp.sections import AugmentSection
 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights (ITU-R BT.601)
-# Eigenvectors (columns) and square roots of the eigenvalues of ImageNet's RGB covariance, values 0..1, as published
-# with fb.resnet.torch and used by every peer since.
+# Eigenvectors (columns) and eigenvalues of ImageNet's RGB covariance, values 0..1, as published with fb.resnet.torch
+# and used by every peer since; `data stats` gives those of other data.
 PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
-PCA_DEVIATIONS = (0.2175, 0.0188, 0.0045)
+PCA_EIGENVALUES = (0.2175, 0.0188, 0.0045)
 
 
 class Augment:
@@ -30,7 +30,7 @@ class Augment:
     def __init__(self, section: AugmentSection, *, channels: int, device: torch.device) -> None:
         self._section, self._device = section, device
         mean, std = np.asarray(section.mean), np.asarray(section.std)
-        colours = np.asarray(PCA_VECTORS) * np.asarray(PCA_DEVIATIONS)  # [channel, component]
+        colours = np.asarray(PCA_VECTORS) * np.asarray(PCA_EIGENVALUES)  # [channel, component]
         if channels == 1:  # grey nets see the luminance
             mean, std, colours = (np.asarray([GREY]) @ values for values in (mean, std, colours))
         self._scale = self._tensor(1.0 / std).view(1, -1, 1, 1)

@@ -61,7 +61,7 @@ class PillowDecoder:
     name = "pillow"
 
     def __init__(self, *, quality: Quality) -> None:
-        self.version = PIL.__version__ + ("" if quality == "antialias" else f"+{resize.VERSIONS[quality]}")
+        self.version = PIL.__version__ + ("" if quality == "antialias" else f"+{resize.version(quality)}")
         self._quality = quality
 
     def __call__(self, data: bytes, choose: ChooseView, out: U8) -> View:
@@ -84,7 +84,7 @@ class JpegDecoder:
     def __init__(self, library: JpegLibrary, *, quality: Quality) -> None:
         self._library, self._quality, self._other = library, quality, PillowDecoder(quality=quality)
         self.name = library.name
-        self.version = f"{library.version}+{resize.VERSIONS[quality]}+pillow{PIL.__version__}"
+        self.version = f"{library.version}+{resize.version(quality)}+pillow{PIL.__version__}"
 
     def __call__(self, data: bytes, choose: ChooseView, out: U8) -> View:
         # Pillow takes what isn't a plain upright JPEG, and judges what libjpeg only warns of.
@@ -175,7 +175,7 @@ def open_upright(data: bytes, *, channels: int) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("L" if channels == 1 else "RGB")
-    except DamagedImage:
+    except (DamagedImage, MemoryError):
         raise
     except Exception as error:  # Pillow raises a dozen kinds for bad bytes
         what = "no bytes" if not data else str(error).replace(repr(io.BytesIO), "") or type(error).__name__

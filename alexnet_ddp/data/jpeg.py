@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import simplejpeg
-import torch
 from numpy.typing import NDArray
 
 from alexnet_ddp.data import turbojpeg
@@ -213,5 +212,5 @@ class TorchCodec:
             image = self._decode(data, mode="GRAY" if channels == 1 else "RGB")
         except RuntimeError as why:
             raise NotForThis(str(why)) from None
-        assert isinstance(image, torch.Tensor)  # a list only for lists
+        assert not isinstance(image, list)  # that only for lists
         return image.permute(1, 2, 0).numpy(), scaled_box(view)

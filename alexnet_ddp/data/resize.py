@@ -9,23 +9,29 @@ torchvision's order, everywhere: first the box is cropped, then it alone is resi
 
 from __future__ import annotations
 
-from typing import Literal
+import importlib.metadata
+from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from alexnet_ddp.data.views import View
 
+if TYPE_CHECKING:
+    import torch  # else imported at the first resize: packing and verifying do without its two seconds
+
 U8 = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of what was decoded
 Quality = Literal["antialias", "fast"]
 
-VERSIONS = {"antialias": f"torch{torch.__version__}", "fast": f"opencv{cv2.__version__}"}
-
 cv2.setNumThreads(0)  # the threads are the loader's
+
+
+def version(quality: Quality) -> str:
+    """Whose kernel it is, for fingerprints."""
+    return f"opencv{cv2.__version__}" if quality == "fast" else f"torch{importlib.metadata.version('torch')}"
 
 
 def place(pixels: U8, box: Box, view: View, out: U8, *, quality: Quality) -> None:
@@ -56,12 +62,16 @@ def _resize(pixels: U8, out: U8, quality: Quality) -> None:
     if quality == "fast":
         cv2.resize(pixels, (out.shape[1], out.shape[0]), dst=out, interpolation=cv2.INTER_LINEAR)
         return
+    import torch
+
     # interpolate(antialias=True) calls the same kernel, but into memory of its own: three times the time.
     torch.ops.aten._upsample_bilinear2d_aa.out(_planes(pixels), list(out.shape[:2]), False, out=_planes(out))
 
 
 def _planes(pixels: U8) -> torch.Tensor:
     """[h, w, c] in memory as the [1, c, h, w] that torch wants, channels last."""
+    import torch
+
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
 
 

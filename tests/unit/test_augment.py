@@ -8,7 +8,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as theirs
 
 from alexnet_ddp.data import augment
-from alexnet_ddp.data.augment import PCA_DEVIATIONS, PCA_VECTORS, Augment
+from alexnet_ddp.data.augment import PCA_EIGENVALUES, PCA_VECTORS, Augment
 from alexnet_ddp.data.randomness import Draws, draw
 from alexnet_ddp.sections import AugmentSection
 
@@ -145,7 +145,7 @@ def test_lighting(images: Tensor) -> None:
     for row in range(N):
         for component in range(3):
             vector = torch.tensor([PCA_VECTORS[channel][component] for channel in range(3)], dtype=torch.float64)
-            amount = float(draws.lighting[row, component]) * PCA_DEVIATIONS[component]
+            amount = float(draws.lighting[row, component]) * PCA_EIGENVALUES[component]
             expected[row] += (vector * amount)[:, None, None]
     close(Augment(lit, channels=3, device=CPU)(images, draws), normalised(expected, lit).float())
     vectors = np.asarray(PCA_VECTORS)
@@ -162,7 +162,7 @@ def test_order_of_operations(images: Tensor) -> None:
     for row in range(N):
         for number in draws.jitter_order[row]:
             pixels[row] = operations[number](pixels[row], float(draws.jitter[row, number]))
-    added = torch.from_numpy(draws.lighting) @ (torch.tensor(PCA_VECTORS) * torch.tensor(PCA_DEVIATIONS)).T
+    added = torch.from_numpy(draws.lighting) @ (torch.tensor(PCA_VECTORS) * torch.tensor(PCA_EIGENVALUES)).T
     close(Augment(full, channels=3, device=CPU)(images, draws), normalised(pixels + added[..., None, None], full),
           tolerance=1e-4)
 
