@@ -19,10 +19,10 @@ from alexnet_ddp.runfiles import Job, add_attempt, read_attempts, read_state, re
 from launch import attempts, batch, slurm, snapshot
 from launch.requeue import Cause
 
-# What `scontrol show job -o` prints, as far as it is read.
+# What `scontrol show job -o` prints, as far as it is read. Its day must not come: what has ended is judged otherwise.
 FACTS = ("JobId=12 JobName=run UserId=me(0) GroupId=me(0) JobState={state} Reason=None Requeue=1 Restarts={restarts} "
-         "RunTime=00:10:00 TimeLimit=04:00:00 StartTime=2026-11-22T00:00:00 EndTime=2026-11-22T04:00:00 "
-         "PreemptEligibleTime=2026-11-22T00:00:00 PreemptTime={preempt} Partition=low NodeList=n[1-2]")
+         "RunTime=00:10:00 TimeLimit=04:00:00 StartTime=2099-11-22T00:00:00 EndTime=2099-11-22T04:00:00 "
+         "PreemptEligibleTime=2099-11-22T00:00:00 PreemptTime={preempt} Partition=low NodeList=n[1-2]")
 
 
 class Box:
@@ -83,7 +83,7 @@ def test_header_and_end_time(box: Box) -> None:
     box.state("preempted", why="USR2", restart=0)
     done = box.shell('echo "end $SLURM_JOB_END_TIME code $PYTHONPATH"; exit 3', SLURM_RESTART_COUNT="1",
                      PYTHONPATH="/mine", TZ="UTC")
-    assert f"end 1795320000 code {box.snapshot.path}:/mine" in done.stdout
+    assert f"end 4099003200 code {box.snapshot.path}:/mine" in done.stdout
     assert f"=== {box.run_dir}: job 12 start 1 on n[1-2], " in done.stderr
     assert ", from step 8 of 40" in done.stderr
     begun = read_attempts(box.run_dir)[0]
@@ -173,7 +173,7 @@ def test_requeue_of_one_array_task(box: Box) -> None:
 
 def test_preempted_without_a_user_signal(box: Box) -> None:
     """TERM in a preemption's grace: requeued by us, because a batch script that ends by itself is not by Slurm."""
-    box.slurm(preempt="2026-11-22T00:05:00")
+    box.slurm(preempt="2099-11-22T00:05:00")
     box.shell(rank(box, "preempted", why="TERM") + "; (exit 75)")
     assert box.requeued == ["requeue 12"]
     assert read_state(box.run_dir)["requeue"]["cause"] == "preempted"
@@ -268,7 +268,7 @@ def test_no_scontrol_at_all(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slurm_away_during_a_preemption(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """TERM while slurmctld is being restarted: asked again, it tells of the preemption, and the job comes back."""
-    known = slurm.parse_job(FACTS.format(state="RUNNING", restarts=0, preempt="2026-11-22T00:05:00"))
+    known = slurm.parse_job(FACTS.format(state="RUNNING", restarts=0, preempt="2099-11-22T00:05:00"))
     answers = iter([None, None, known])
     asked: list[Job] = []
 
