@@ -75,6 +75,7 @@ class Slot:
 
     images: torch.Tensor
     views: NDArray[np.int32]  # [rows, 8], as View.numbers()
+    rows: tuple[torch.Tensor, ...]  # the same images, one by one: uint8 [height * width * channels]
 
 
 class SlotPool:
@@ -89,7 +90,7 @@ class SlotPool:
             # NumPy asks the kernel for huge pages, which take a fifth off a copy into them; pinning must be torch's
             images = (torch.empty((rows, *shape), dtype=torch.uint8, pin_memory=True) if pin else
                       torch.from_numpy(np.empty((rows, *shape), np.uint8)))
-            self._free.append((Slot(images, np.zeros((rows, 8), np.int32)), None))
+            self._free.append((Slot(images, np.zeros((rows, 8), np.int32), images.view(rows, -1).unbind()), None))
 
     def take(self) -> Slot | None:
         """A slot that nobody reads any more; None once the pool is closed."""
@@ -266,27 +267,38 @@ class Loader:
         self._count(reading=reading, decoding=decoding)
 
     def _copy(self, batch: Batch, first: int) -> None:
-        """A chunk of a batch of raw records, of which the device makes the views. Little but the copying is done for
-        each record: some 100,000 of them a second are within reach of two threads."""
-        began, pixels, mask = time.perf_counter(), batch.slot.images.numpy(), batch.work.mask
+        """A chunk of a batch of raw records, of which the device makes the views.
+
+        What lies in memory is copied in one call for the whole chunk, which holds the interpreter's lock for none of
+        it: decode threads would else wait for each other after every record.
+        """
+        began, slot, mask = time.perf_counter(), batch.slot, batch.work.mask
         rows = batch.sent[first:first + CHUNK]
+        height, width, channels = slot.images.shape[1:]
         starts = np.zeros(len(rows), np.int64)
-        if pixels.shape[1] < pixels.shape[2]:  # only the rows that are shown
+        if height < width:  # only the rows that are shown
             shown = batch.views[rows]
             assert only_cut(shown)
             starts = shown[:, TOP].astype(np.int64) + shown[:, Y]
-        samples, read_into = batch.work.samples[rows].tolist(), self._records.read_into
-        starts_in_bytes = (starts * pixels[0, 0].nbytes).tolist()
+        samples, starts_in_bytes = batch.work.samples[rows].tolist(), (starts * width * channels).tolist()
+        size, into, out = height * width * channels, [], []
         for at, (sample, start) in enumerate(zip(samples, starts_in_bytes, strict=True), first):
             if self._closing.is_set():
                 return
             if mask is not None and not mask[batch.sent[at]]:
-                pixels[at] = 0
+                slot.rows[at].zero_()
                 continue
             try:
-                read_into(sample, pixels[at], start)
+                found = self._records.in_memory(sample, start, size)
+                if found is None:
+                    self._records.read_into(sample, slot.rows[at].numpy(), start)
+                else:
+                    into.append(slot.rows[at])
+                    out.append(found)
             except (DamagedImage, OSError) as error:
                 raise self._named(error, sample) from None
+        if into:
+            torch._foreach_copy_(into, out)
         self._count(reading=time.perf_counter() - began)
 
     def _count(self, *, reading: float, decoding: float = 0.0) -> None:

@@ -178,6 +178,20 @@ class Order:
         shard, _ = self.shard_of(plan.epoch, np.arange(plan.first, plan.first + plan.count))
         return np.flatnonzero(shard % world == rank)
 
+    def parts(self, steps: range, *, rank: int, world: int, assignment: str = "contiguous") -> tuple[I64, I64]:
+        """`part` of many steps of one epoch at once: positions in the epoch, int64 [m], and where each step's begin
+        among them, int64 [steps + 1]. A hundred times as quick as one by one."""
+        plans = [self.plan(step) for step in steps]
+        assert all(plan.epoch == plans[0].epoch for plan in plans)
+        ends = np.array([plan.first for plan in plans] + [plans[-1].first + plans[-1].count])
+        if assignment == "contiguous":
+            mine = np.concatenate([plan.first + np.arange(rank * plan.count // world, (rank + 1) * plan.count // world)
+                                   for plan in plans])
+        else:
+            positions = np.arange(ends[0], ends[-1])
+            mine = positions[self.shard_of(plans[0].epoch, positions)[0] % world == rank]
+        return mine, np.searchsorted(mine, ends)
+
 
 def check_owner(*, shards: int, world: int) -> None:
     """Owner assignment gives every rank the same number of shards. Raises UserError with the next good number."""

@@ -64,7 +64,7 @@ CROP_DRAWS = 4 * CROP_TRIES
 class Draws:
     """All random numbers of n samples in one epoch, drawn on the host; each is a function of its sample alone."""
 
-    crop: F64  # [n, CROP_DRAWS] in [0, 1): turned into a box once width and height are known
+    crop: F64  # [n, at most CROP_DRAWS] in [0, 1): turned into a box once width and height are known
     flip: NDArray[np.bool_]  # [n]
     angle: NDArray[np.float32]  # [n] degrees, counter-clockwise
     jitter: NDArray[np.float32]  # [n, 4]: factors of brightness, contrast, saturation; shift of hue in turns
@@ -76,24 +76,33 @@ class Draws:
 
 
 def draw(samples: NDArray[np.int64], *, seed: int, epoch: int, flip: float, rotation: float,
-         color_jitter: tuple[float, float, float, float], pca_lighting: float) -> Draws:
-    """Draws of the samples (ids, int64 [n]) in one epoch; strengths as in the recipe's `augment` section."""
+         color_jitter: tuple[float, float, float, float], pca_lighting: float, crop: int = CROP_DRAWS) -> Draws:
+    """Draws of the samples (ids, int64 [n]) in one epoch; strengths as in the recipe's `augment` section.
+
+    `crop`: how many draws the crop takes, the first so many of CROP_DRAWS. What has no strength isn't drawn, and moves
+    no other draw.
+    """
     def purpose(name: str) -> U64:
         return key(seed, epoch, name, samples)
 
-    jitter = uniform(purpose("jitter"), 8)
+    n = len(samples)
     strengths = np.asarray(color_jitter, dtype=np.float64)
-    factors = (2.0 * jitter[:, :4] - 1.0) * strengths  # within +- strength
-    # brightness, contrast, saturation: factor in [max(0, 1 - s), 1 + s], as torchvision's ColorJitter
-    low = np.maximum(0.0, 1.0 - strengths[:3])
-    factors[:, :3] = low + jitter[:, :3] * (1.0 + strengths[:3] - low)
+    # brightness, contrast, saturation: factor in [max(0, 1 - s), 1 + s], as torchvision's ColorJitter; hue within +- s
+    low, high = np.append(np.maximum(0.0, 1.0 - strengths[:3]), -strengths[3]), strengths + [1.0, 1.0, 1.0, 0.0]
+    factors, turns = np.tile(low, (n, 1)), np.tile(np.arange(4), (n, 1))
+    if strengths.any():
+        jitter = uniform(purpose("jitter"), 8)
+        factors = low + jitter[:, :4] * (high - low)
+        turns = np.argsort(jitter[:, 4:], axis=1, kind="stable")
+    turned = uniform(purpose("rotation"), 1)[:, 0] if rotation else np.full(n, 0.5)
     return Draws(
-        crop=uniform(purpose("crop"), CROP_DRAWS),
+        crop=uniform(purpose("crop"), crop),
         flip=uniform(purpose("flip"), 1)[:, 0] < flip,
-        angle=((2.0 * uniform(purpose("rotation"), 1)[:, 0] - 1.0) * rotation).astype(np.float32),
+        angle=((2.0 * turned - 1.0) * rotation).astype(np.float32),
         jitter=factors.astype(np.float32),
-        jitter_order=np.argsort(jitter[:, 4:], axis=1, kind="stable"),
-        lighting=(normal(purpose("lighting"), 3) * pca_lighting).astype(np.float32),
+        jitter_order=turns,
+        lighting=(normal(purpose("lighting"), 3) * pca_lighting).astype(np.float32) if pca_lighting else
+        np.zeros((n, 3), np.float32),
     )
 
 

@@ -6,7 +6,7 @@ front of it all look like that.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from alexnet_ddp.data.index import Index
 from alexnet_ddp.data.stages import Stage, parse_stage, to_stage
 from alexnet_ddp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 U8 = NDArray[np.uint8]
 
@@ -29,6 +32,11 @@ class Records(Protocol):
 
     def read_into(self, sample: int, out: U8, start: int = 0) -> None:
         """Raw stages: bytes `start` and after of the record into `out` (C-contiguous, as many as it holds)."""
+        ...
+
+    def in_memory(self, sample: int, start: int, size: int) -> torch.Tensor | None:
+        """Raw stages: these bytes of the record where they lie in memory, verified: uint8 [size], to be read only.
+        None where `read_into` is the way."""
         ...
 
     def where(self, sample: int) -> str:
@@ -59,6 +67,9 @@ class StoredRecords:
             flat[...] = np.frombuffer(self.read(sample), np.uint8)[start:start + flat.size]
         else:
             self._index.read_into(sample, out, start)
+
+    def in_memory(self, sample: int, start: int, size: int) -> torch.Tensor | None:
+        return None
 
     def where(self, sample: int) -> str:
         return self._index.where(sample)

@@ -169,6 +169,22 @@ def test_parts_partition_each_batch(world: int, assignment: str) -> None:
                 assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.parametrize("assignment", ["contiguous", "owner"])
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_parts_of_many_steps(world: int, assignment: str) -> None:
+    """Parts of many steps computed at once are those of each step, whatever steps of an epoch are taken together."""
+    for samples, global_batch, shards in SIZES:
+        plan = order(samples, global_batch, shards * world if assignment == "owner" else shards)
+        per_epoch = plan.steps_per_epoch
+        for first, last in ((0, per_epoch), (per_epoch, per_epoch + 1), (per_epoch + per_epoch // 2, 2 * per_epoch)):
+            for rank in range(world):
+                found, bounds = plan.parts(range(first, last), rank=rank, world=world, assignment=assignment)
+                for number, step in enumerate(range(first, last)):
+                    part = plan.part(step, rank=rank, world=world, assignment=assignment)
+                    assert found[bounds[number]:bounds[number + 1]].tolist() == (plan.plan(step).first + part).tolist()
+                assert bounds[-1] == len(found)
+
+
 def test_owners_own_shards() -> None:
     """Under owner assignment a rank gets samples of the shards `v % world == rank` and of no other, in any epoch."""
     plan = order(1003, 32, 12)

@@ -73,7 +73,10 @@ def test_purposes_don_t_touch_each_other() -> None:
     whole = draw(samples, seed=0, epoch=0, **STRENGTHS)
     plain = draw(samples, seed=0, epoch=0, flip=0.0, rotation=0.0, color_jitter=(0, 0, 0, 0), pca_lighting=0.0)
     assert np.array_equal(whole.crop, plain.crop)
-    assert np.array_equal(whole.jitter_order, plain.jitter_order)
+    assert np.array_equal(plain.jitter_order, np.tile(np.arange(4), (50, 1)))  # nothing to be ordered
+    one = draw(samples, seed=0, epoch=0, **{**STRENGTHS, "color_jitter": (0.1, 0, 0, 0)})
+    assert np.array_equal(whole.jitter_order, one.jitter_order)
+    assert np.array_equal(draw(samples, seed=0, epoch=0, **STRENGTHS, crop=2).crop, whole.crop[:, :2])
     assert not plain.flip.any()
     assert not plain.angle.any()
     assert not plain.lighting.any()
