@@ -65,7 +65,7 @@ def models(words: list[str]) -> int:
 
 
 def data(words: list[str]) -> int:
-    from alexnet_ddp.data.commands import main as command
+    from alexnet_ddp.data.tools.commands import main as command
 
     return command(words)
 

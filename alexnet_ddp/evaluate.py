@@ -16,10 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexnet_ddp.data import views
 from alexnet_ddp.data.augment import Augment
+from alexnet_ddp.data.decoding import views
+from alexnet_ddp.data.decoding.views import ChooseView, View
 from alexnet_ddp.data.loader import Loader, Work
-from alexnet_ddp.data.views import ChooseView, View
 from alexnet_ddp.distributed import World
 from alexnet_ddp.sections import AugmentSection, EvaluateSection
 from alexnet_ddp.transfer import Transfer

@@ -24,8 +24,8 @@ from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.config import Config
 from alexnet_ddp.cores import usable_cores
 from alexnet_ddp.data.augment import Augment
-from alexnet_ddp.data.decode import create_decoder
-from alexnet_ddp.data.device_cache import DeviceCache
+from alexnet_ddp.data.caches.device_cache import DeviceCache
+from alexnet_ddp.data.decoding.decode import create_decoder
 from alexnet_ddp.data.feed import Feed, device_cache, sweep, training_records, what_binds
 from alexnet_ddp.data.loader import Batch, Loader, Times, decode_threads
 from alexnet_ddp.data.order import check_owner

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ddp.data import raw
-from alexnet_ddp.data.device_cache import DeviceCache
+from alexnet_ddp.data.caches.device_cache import DeviceCache
 from alexnet_ddp.data.loader import Batch
 
 

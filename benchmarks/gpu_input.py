@@ -36,16 +36,16 @@ import torch
 
 from alexnet_ddp import distributed
 from alexnet_ddp.config import Config
-from alexnet_ddp.data import views
 from alexnet_ddp.data.augment import Augment
-from alexnet_ddp.data.decode import create_decoder
-from alexnet_ddp.data.device_cache import DeviceCache
+from alexnet_ddp.data.caches.device_cache import DeviceCache
+from alexnet_ddp.data.decoding import views
+from alexnet_ddp.data.decoding.decode import create_decoder
+from alexnet_ddp.data.decoding.stages import Stage
 from alexnet_ddp.data.feed import Feed
 from alexnet_ddp.data.index import open_index
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.randomness import draw, dropout_rows
 from alexnet_ddp.data.records import Records, StoredRecords
-from alexnet_ddp.data.stages import Stage
 from alexnet_ddp.data.training import Data, training_works
 from alexnet_ddp.distributed import World
 from alexnet_ddp.errors import EXIT_FINISHED, UserError

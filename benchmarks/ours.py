@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from alexnet_ddp.config import Config
-from alexnet_ddp.data.decode import create_decoder
+from alexnet_ddp.data.decoding.decode import create_decoder
 from alexnet_ddp.data.feed import Feed, training_records
 from alexnet_ddp.data.index import open_index
 from alexnet_ddp.data.training import open_data, training_works

@@ -29,11 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_ddp.data import index_cache
-from alexnet_ddp.data.index import Index, open_index
+from alexnet_ddp.data.index import Index, index_cache, open_index
+from alexnet_ddp.data.index.sources import find_source, stamp_of
+from alexnet_ddp.data.index.table import Table
 from alexnet_ddp.data.order import Order, permutation
-from alexnet_ddp.data.sources import find_source, stamp_of
-from alexnet_ddp.data.table import Table
 
 IMAGENET, IMAGENET_21K = 1_281_167, 14_197_122  # samples
 CLASSES = 1000

@@ -17,7 +17,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from alexnet_ddp.data import stages
+from alexnet_ddp.data.decoding import stages
 from alexnet_ddp.data.index import Index, open_index
 from alexnet_ddp.progress import Progress
 from benchmarks.trial import Data

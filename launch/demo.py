@@ -24,7 +24,7 @@ def demo(runs: str) -> int:
     """Runs the demo; returns the exit code. Raises UserError when it isn't started in the project's folder."""
     if not RECIPE.exists():
         raise UserError(f"The demo is started in the project's folder, the one with {RECIPE}.")
-    from alexnet_ddp.data.demo import make_demo
+    from alexnet_ddp.data.tools.demo import make_demo
 
     began = time.monotonic()
     recipe = recipes.load(RECIPE)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_ddp.data.cache import CachedRecords, open_cache
+from alexnet_ddp.data.caches.cache import CachedRecords, open_cache
 from alexnet_ddp.data.index import Index, open_index
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.records import StoredRecords

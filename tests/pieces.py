@@ -195,7 +195,7 @@ def evaluate_ties(world: Any, folder: str, batch: int) -> tuple[int, int, int, f
     import torch
 
     from alexnet_ddp.data.augment import Augment
-    from alexnet_ddp.data.decode import create_decoder
+    from alexnet_ddp.data.decoding.decode import create_decoder
     from alexnet_ddp.data.index import open_index
     from alexnet_ddp.data.loader import Loader
     from alexnet_ddp.data.records import StoredRecords

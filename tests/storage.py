@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alexnet_ddp import cli
-from alexnet_ddp.data.cache import sweep_caches
+from alexnet_ddp.data.caches.cache import sweep_caches
 
 
 def make_storages(train: Path, into: Path, *, stage: str) -> dict[str, str]:

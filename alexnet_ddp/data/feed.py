@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from alexnet_ddp.config import Config
-from alexnet_ddp.data import views
-from alexnet_ddp.data.cache import NOT_OURS, CachedRecords, home_of, open_cache, sweep_caches
-from alexnet_ddp.data.decode import Decoder
-from alexnet_ddp.data.device_cache import DeviceCache
+from alexnet_ddp.data.caches.cache import NOT_OURS, CachedRecords, home_of, open_cache, sweep_caches
+from alexnet_ddp.data.caches.device_cache import DeviceCache
+from alexnet_ddp.data.decoding import views
+from alexnet_ddp.data.decoding.decode import Decoder
+from alexnet_ddp.data.decoding.stages import CHANNELS, Stage, parse_stage
 from alexnet_ddp.data.loader import Loader, Times
 from alexnet_ddp.data.records import Records, StoredRecords
-from alexnet_ddp.data.stages import CHANNELS, Stage, parse_stage
 from alexnet_ddp.data.training import Data
 from alexnet_ddp.transfer import Transfer
 

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexnet_ddp.data.decode import DamagedImage, Decoder
+from alexnet_ddp.data.decoding.decode import DamagedImage, Decoder
+from alexnet_ddp.data.decoding.views import ChooseView, Views
 from alexnet_ddp.data.randomness import Draws
 from alexnet_ddp.data.raw import TOP, Y, only_cut
 from alexnet_ddp.data.records import Records
-from alexnet_ddp.data.views import ChooseView, Views
 from alexnet_ddp.errors import Unreadable, UserError
 
 CHUNK = 16  # images a task: makes the pool's dispatch cost (25 us) vanish beside the decoding

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from alexnet_ddp.data.decoding.stages import Stage, parse_stage, to_stage
 from alexnet_ddp.data.index import Index
-from alexnet_ddp.data.stages import Stage, parse_stage, to_stage
 from alexnet_ddp.errors import UserError
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet_ddp.config import Config
-from alexnet_ddp.data import views
+from alexnet_ddp.data.decoding import views
+from alexnet_ddp.data.decoding.views import ChooseView, View, Views
 from alexnet_ddp.data.index import Index, check_pair, open_index
 from alexnet_ddp.data.loader import Work, micro_batches
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.randomness import CROP_DRAWS, Draws, draw
-from alexnet_ddp.data.views import ChooseView, View, Views
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.sections import AugmentSection
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.data import cache as caches_module
-from alexnet_ddp.data.space import file_system
+from alexnet_ddp.data.caches import cache as caches_module
+from alexnet_ddp.data.caches.space import file_system
 from caches import Pieces, make_pieces, shares
 
 pytestmark = pytest.mark.drill

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.data.devkit import find_devkit
 from alexnet_ddp.data.index import open_index
+from alexnet_ddp.data.index.devkit import find_devkit
 from benchmarks import scale
 from stores import devkit, make_devkit, settle
 

@@ -14,10 +14,10 @@ import pytest
 
 import harness
 import packs
+from alexnet_ddp.data.decoding.stages import parse_stage, to_stage
 from alexnet_ddp.data.index import open_index
-from alexnet_ddp.data.pack import pack
-from alexnet_ddp.data.stages import parse_stage, to_stage
-from alexnet_ddp.data.verify import verify
+from alexnet_ddp.data.packs.pack import pack
+from alexnet_ddp.data.packs.verify import verify
 from photographs import archive
 
 pytestmark = pytest.mark.drill
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.drill
 KILLS = 20
 # One server imports all that is needed and forks the packs, so that kills strike the work and not Python's start.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["alexnet_ddp.data.pack", "alexnet_ddp.cli"])
+_context.set_forkserver_preload(["alexnet_ddp.data.packs.pack", "alexnet_ddp.cli"])
 
 
 def _pack(words: list[str], cache: str, output: str) -> None:

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_ddp.data import cache as caches_module
-from alexnet_ddp.data import space
-from alexnet_ddp.data.cache import CachedRecords, sweep_caches
-from alexnet_ddp.data.cache_file import ShardFile
+from alexnet_ddp.data.caches import cache as caches_module
+from alexnet_ddp.data.caches import space
+from alexnet_ddp.data.caches.cache import CachedRecords, sweep_caches
+from alexnet_ddp.data.caches.cache_file import ShardFile
+from alexnet_ddp.data.caches.staging import storage_order
+from alexnet_ddp.data.decoding.stages import parse_stage, to_stage
 from alexnet_ddp.data.index import open_index
 from alexnet_ddp.data.order import Order
-from alexnet_ddp.data.stages import parse_stage, to_stage
-from alexnet_ddp.data.staging import storage_order
 from alexnet_ddp.errors import RunFailed, UserError
 from caches import CountedRecords, Pieces, make_pieces, shares
 

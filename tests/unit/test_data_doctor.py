@@ -14,12 +14,12 @@ import harness
 import photographs
 from alexnet_ddp.cli import main as cli
 from alexnet_ddp.config import Config
-from alexnet_ddp.data import doctor, speeds
-from alexnet_ddp.data.decode import create_decoder
+from alexnet_ddp.data.decoding.decode import create_decoder
 from alexnet_ddp.data.index import open_index
-from alexnet_ddp.data.pack import pack
+from alexnet_ddp.data.packs.pack import pack
 from alexnet_ddp.data.records import StoredRecords
-from alexnet_ddp.data.verdict import Facts, Finding, Room, Speed, findings
+from alexnet_ddp.data.tools import doctor, speeds
+from alexnet_ddp.data.tools.verdict import Facts, Finding, Room, Speed, findings
 
 
 def speed(rate: float) -> Speed:

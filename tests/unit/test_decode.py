@@ -14,13 +14,13 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 import photographs
-from alexnet_ddp.data import decode, turbojpeg, views
-from alexnet_ddp.data.decode import DamagedImage, create_decoder
+from alexnet_ddp.data.decoding import decode, turbojpeg, views
+from alexnet_ddp.data.decoding.decode import DamagedImage, create_decoder
+from alexnet_ddp.data.decoding.jpeg import fraction
+from alexnet_ddp.data.decoding.resize import Quality
+from alexnet_ddp.data.decoding.views import ChooseView, View
 from alexnet_ddp.data.index import open_index
-from alexnet_ddp.data.jpeg import fraction
 from alexnet_ddp.data.randomness import CROP_DRAWS, key, uniform
-from alexnet_ddp.data.resize import Quality
-from alexnet_ddp.data.views import ChooseView, View
 from alexnet_ddp.errors import UserError
 
 
@@ -243,7 +243,7 @@ def test_fast_at_a_fraction_isn_t_shifted(name: str) -> None:
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_region_is_what_the_whole_holds(subsampling: int, progressive: bool) -> None:
     """turbojpeg's pixels of a region are those of a decode of the whole image, to the bit, at every fraction."""
-    library = pytest.importorskip("alexnet_ddp.data.turbojpeg")
+    library = pytest.importorskip("alexnet_ddp.data.decoding.turbojpeg")
     if library.find_library() is None:
         pytest.skip("no libturbojpeg 3 here")
     turbo = library.TurboJpegLibrary(fast=False)

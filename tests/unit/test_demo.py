@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from alexnet_ddp.data.demo import CLASSES, MANIFEST, ORIENTATION, SIDES, SPLITS, main, make_demo
+from alexnet_ddp.data.tools.demo import CLASSES, MANIFEST, ORIENTATION, SIDES, SPLITS, main, make_demo
 from alexnet_ddp.errors import EXIT_USER, UserError
 
 CHANCE = 1 / len(CLASSES)
@@ -121,7 +121,7 @@ def test_complete_data_is_kept_and_incomplete_data_made_anew(tmp_path: Path) -> 
 
 def test_interrupted_work_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When making is cut short no folder is there that could be taken for the data."""
-    monkeypatch.setattr("alexnet_ddp.data.demo.draw", lambda *_: 1 / 0)
+    monkeypatch.setattr("alexnet_ddp.data.tools.demo.draw", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make_demo(tmp_path / "data", train_per_class=1, val_per_class=1)
     assert os.listdir(tmp_path) == []

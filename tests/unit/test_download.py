@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_ddp.data import download
 from alexnet_ddp.data.index import open_index
+from alexnet_ddp.data.tools import download
 from alexnet_ddp.errors import UserError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_ddp.data.views import View, center, squash
+from alexnet_ddp.data.decoding.views import View, center, squash
 from alexnet_ddp.evaluate import TILE, label_ranks, tiles_of, view_of, works
 from alexnet_ddp.sections import AugmentSection, EvaluateSection
 

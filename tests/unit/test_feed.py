@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexnet_ddp.config import Config, build
-from alexnet_ddp.data import raw, views
-from alexnet_ddp.data.decode import create_decoder
-from alexnet_ddp.data.device_cache import DeviceCache
+from alexnet_ddp.data import raw
+from alexnet_ddp.data.caches.device_cache import DeviceCache
+from alexnet_ddp.data.decoding import views
+from alexnet_ddp.data.decoding.decode import create_decoder
+from alexnet_ddp.data.decoding.stages import Stage
+from alexnet_ddp.data.decoding.views import View
 from alexnet_ddp.data.feed import Feed, device_cache, slot_shape, training_records, what_binds
 from alexnet_ddp.data.loader import Times
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.randomness import CROP_DRAWS, key, uniform
-from alexnet_ddp.data.stages import Stage
 from alexnet_ddp.data.training import Data, largest_part, open_data, training_works
-from alexnet_ddp.data.views import View
 from alexnet_ddp.errors import UserError
 
 CPU = torch.device("cpu")

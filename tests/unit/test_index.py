@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_ddp.data import descriptors
-from alexnet_ddp.data import index as index_module
-from alexnet_ddp.data.index import Index, check_pair, open_index, summary
-from alexnet_ddp.data.journal import Journal
-from alexnet_ddp.data.scan import Scan
-from alexnet_ddp.data.sources import Source, Stamp
-from alexnet_ddp.data.table import Table
+from alexnet_ddp.data.index import Index, check_pair, descriptors, open_index, summary
+from alexnet_ddp.data.index import index as index_module
+from alexnet_ddp.data.index.journal import Journal
+from alexnet_ddp.data.index.scan import Scan
+from alexnet_ddp.data.index.sources import Source, Stamp
+from alexnet_ddp.data.index.table import Table
 from alexnet_ddp.errors import UserError
 from benchmarks import scale
 from stores import make_folder, make_tar, settle
@@ -423,5 +422,5 @@ def test_summary_tells_what_is_there(tmp_path: Path, cache: Path) -> None:
 
 def test_the_index_imports_no_torch() -> None:
     """Opening an index needs NumPy and the standard library only."""
-    program = "import sys, alexnet_ddp.data.index, alexnet_ddp.data.download; sys.exit('torch' in sys.modules)"
+    program = "import sys, alexnet_ddp.data.index, alexnet_ddp.data.tools.download; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

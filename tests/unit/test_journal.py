@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.data import archives, folders, index_cache, journal
-from alexnet_ddp.data.index import Index, open_index
-from alexnet_ddp.data.journal import Journal
-from alexnet_ddp.data.parts import Part
-from alexnet_ddp.data.sources import Stamp, find_source
+from alexnet_ddp.data.index import Index, archives, folders, index_cache, journal, open_index
+from alexnet_ddp.data.index.journal import Journal
+from alexnet_ddp.data.index.parts import Part
+from alexnet_ddp.data.index.sources import Stamp, find_source
 from alexnet_ddp.errors import UserError
 from stores import make_folder, make_tar, nested, settle
 
@@ -27,7 +26,7 @@ SAMPLES = {f"{label}/{stem}": f"{label}{stem}".encode() for label in CLASSES
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from alexnet_ddp.data import index_cache, journal
+from alexnet_ddp.data.index import index_cache, journal
 from alexnet_ddp.data.index import open_index
 left = int(sys.argv[3])
 journal.SECONDS_BETWEEN_WRITES = 0

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 import harness
 from alexnet_ddp.config import build
-from alexnet_ddp.data import decode, views
-from alexnet_ddp.data.decode import DamagedImage, create_decoder
+from alexnet_ddp.data.decoding import decode, views
+from alexnet_ddp.data.decoding.decode import DamagedImage, create_decoder
+from alexnet_ddp.data.decoding.stages import Stage
+from alexnet_ddp.data.decoding.views import ChooseView, View
 from alexnet_ddp.data.index import Index, open_index
 from alexnet_ddp.data.loader import CHUNK, Batch, Loader, SlotPool, Work, decode_threads, micro_batches
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.records import Records, StoredRecords
-from alexnet_ddp.data.stages import Stage
 from alexnet_ddp.data.training import Data, has_single_samples, largest_part, training_works
-from alexnet_ddp.data.views import ChooseView, View
 from alexnet_ddp.errors import Unreadable, UserError
 
 SIZE = 8
@@ -397,7 +397,7 @@ def test_forwards_of_a_single_sample_are_foreseen() -> None:
 def test_decode_threads_use_one_core_each() -> None:
     """Kernels of torch that a decode thread calls wake no team of threads, and the training thread keeps its own."""
     script = ("import torch\ntorch.set_num_threads(2)\nfrom alexnet_ddp.data import loader\n"
-              "from alexnet_ddp.data.stages import parse_stage\nimport numpy as np\n"
+              "from alexnet_ddp.data.decoding.stages import parse_stage\nimport numpy as np\n"
               "class Records:\n stage = parse_stage('original')\n"
               "made = loader.Loader(Records(), np.zeros(1, np.int32), None, rows=1, shape=(8, 8, 3), threads=1,\n"
               "                     prefetch=2)\n"

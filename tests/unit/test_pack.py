@@ -16,13 +16,14 @@ from PIL import Image
 import harness
 import packs
 from alexnet_ddp import cli
-from alexnet_ddp.data import commands, parallel
-from alexnet_ddp.data import pack as packing
-from alexnet_ddp.data import pack_format as form
+from alexnet_ddp.data.decoding.stages import VERSIONS, parse_stage, to_stage
 from alexnet_ddp.data.index import open_index
-from alexnet_ddp.data.pack import DamagedSource, pack
-from alexnet_ddp.data.parallel import AHEAD, in_order
-from alexnet_ddp.data.stages import VERSIONS, parse_stage, to_stage
+from alexnet_ddp.data.packs import pack as packing
+from alexnet_ddp.data.packs import pack_format as form
+from alexnet_ddp.data.packs import parallel
+from alexnet_ddp.data.packs.pack import DamagedSource, pack
+from alexnet_ddp.data.packs.parallel import AHEAD, in_order
+from alexnet_ddp.data.tools import commands
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_USER, Unreadable, UserError
 
 
@@ -464,7 +465,7 @@ def test_cores_here(monkeypatch: pytest.MonkeyPatch, slurm: str, usable: int, ex
 
 def test_the_command_is_light() -> None:
     """The module of the `data` command imports neither NumPy nor Pillow nor torch before a sub-command needs them."""
-    code = "import sys; import alexnet_ddp.data.commands; assert not {'numpy', 'PIL', 'torch'} & set(sys.modules)"
+    code = "import sys; import alexnet_ddp.data.tools.commands; assert not {'numpy', 'PIL', 'torch'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

@@ -10,12 +10,12 @@ from PIL import Image
 import harness
 from alexnet_ddp import cli
 from alexnet_ddp import config as recipes
-from alexnet_ddp.data import show
 from alexnet_ddp.data.augment import Augment
-from alexnet_ddp.data.decode import create_decoder
+from alexnet_ddp.data.decoding.decode import create_decoder
 from alexnet_ddp.data.feed import Feed
-from alexnet_ddp.data.pack import pack
+from alexnet_ddp.data.packs.pack import pack
 from alexnet_ddp.data.records import StoredRecords
+from alexnet_ddp.data.tools import show
 from alexnet_ddp.data.training import open_data, training_works
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 

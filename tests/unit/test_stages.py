@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from alexnet_ddp.data.decode import DamagedImage
-from alexnet_ddp.data.stages import Stage, parse_stage, to_stage
+from alexnet_ddp.data.decoding.decode import DamagedImage
+from alexnet_ddp.data.decoding.stages import Stage, parse_stage, to_stage
 
 
 def photograph(width: int, height: int) -> Image.Image:

@@ -12,8 +12,8 @@ import packs
 from alexnet_ddp import cli
 from alexnet_ddp import config as recipes
 from alexnet_ddp.data.index import open_index
-from alexnet_ddp.data.pack import pack
-from alexnet_ddp.data.stats import BAND, Sums, principal, stats, sums_of
+from alexnet_ddp.data.packs.pack import pack
+from alexnet_ddp.data.tools.stats import BAND, Sums, principal, stats, sums_of
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 
 

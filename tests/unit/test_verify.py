@@ -9,8 +9,8 @@ import pytest
 import harness
 import packs
 from alexnet_ddp import cli
-from alexnet_ddp.data.pack import pack
-from alexnet_ddp.data.verify import verify
+from alexnet_ddp.data.packs.pack import pack
+from alexnet_ddp.data.packs.verify import verify
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER
 
 

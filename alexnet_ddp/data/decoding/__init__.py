@@ -1,0 +1,1 @@
+"""From encoded photographs to pixels: views, decoders, resizing, stored stages."""

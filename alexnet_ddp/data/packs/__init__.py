@@ -1,0 +1,1 @@
+"""Samples written anew in one stored stage, and checked."""
