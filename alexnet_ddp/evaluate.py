@@ -20,9 +20,9 @@ from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.decoding import views
 from alexnet_ddp.data.decoding.views import ChooseView, View
 from alexnet_ddp.data.loader import Loader, Work
+from alexnet_ddp.data.transfer import Transfer
 from alexnet_ddp.distributed import World
 from alexnet_ddp.sections import AugmentSection, EvaluateSection
-from alexnet_ddp.transfer import Transfer
 
 TILE = 32  # samples
 

@@ -199,10 +199,10 @@ def evaluate_ties(world: Any, folder: str, batch: int) -> tuple[int, int, int, f
     from alexnet_ddp.data.index import open_index
     from alexnet_ddp.data.loader import Loader
     from alexnet_ddp.data.records import StoredRecords
+    from alexnet_ddp.data.transfer import Transfer
     from alexnet_ddp.evaluate import TILE, evaluate, view_of
     from alexnet_ddp.models import create_model
     from alexnet_ddp.sections import AugmentSection, EvaluateSection
-    from alexnet_ddp.transfer import Transfer
 
     net = create_model("alexnet_single", num_classes=8, width=0.05, image_size=SIZE)
     last = [module for module in net.modules() if isinstance(module, torch.nn.Linear)][-1]

@@ -24,7 +24,7 @@ from alexnet_ddp.data.decoding.stages import CHANNELS, Stage, parse_stage
 from alexnet_ddp.data.loader import Loader, Times
 from alexnet_ddp.data.records import Records, StoredRecords
 from alexnet_ddp.data.training import Data
-from alexnet_ddp.transfer import Transfer
+from alexnet_ddp.data.transfer import Transfer
 
 WAITING = 0.05  # share of the time without data from which on the input, not the step, is what binds
 
