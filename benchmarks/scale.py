@@ -5,6 +5,7 @@
 open         an index of 1,281,167 samples from the cache, imports not counted
 permutation  of 14,197,122 samples (ImageNet-21k): the whole of it as one array
 batch        the order and all draws of a global batch of 256, at three places of an epoch of 1,281,167
+first        from opening the index to the first decoded batch of 256 (224 x 224, all cores), at three places
 epochs       two whole epochs of a rank's work over 1,281,167 samples
 scan         headers of a tar of tars as ImageNet's own, in the page cache: the images are holes
 
@@ -14,6 +15,7 @@ Growth is that of the process's resident memory over what it was after the impor
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -24,10 +26,12 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from alexnet_ddp.data.index import Index, index_cache, open_index
 from alexnet_ddp.data.index.sources import find_source, stamp_of
@@ -37,6 +41,7 @@ from alexnet_ddp.data.order import Order, permutation
 IMAGENET, IMAGENET_21K = 1_281_167, 14_197_122  # samples
 CLASSES = 1000
 BYTES = 110_000  # of an image
+PHOTOGRAPHS = 16  # different ones, whose bytes all samples share
 LONG_AGO = 1_600_000_000  # a time of change that is settled
 PLACES = (0, 50, 99)  # per cent of an epoch
 
@@ -67,14 +72,32 @@ def imagenet_like(samples: int = IMAGENET, *, classes: int = CLASSES) -> Table:
 def keep_imagenet(folder: Path, *, samples: int = IMAGENET) -> Path:
     """A hole of a tar whose index lies in the cache below `folder`; returns the tar."""
     tar = folder / "ILSVRC2012_img_train.tar"
+    table, images = imagenet_like(samples), photographs(PHOTOGRAPHS)
+    starts = np.cumsum([0, *map(len, images)])
     with open(tar, "wb") as file:
+        file.write(b"".join(images))
         file.truncate(samples * (BYTES + 1024))
     os.utime(tar, (LONG_AGO, LONG_AGO))
+    which = np.arange(samples) % PHOTOGRAPHS  # every sample is one of these
+    table = replace(table, offsets=starts[which], sizes=np.diff(starts)[which].astype(np.int32))
     source = find_source(str(tar))
     problem = index_cache.store(index_cache.cache_path(source, folder / "cache"), source,
-                                (imagenet_like(samples), [stamp_of(str(tar))], []))
+                                (table, [stamp_of(str(tar))], []))
     assert problem is None, problem
     return tar
+
+
+def photographs(count: int) -> list[bytes]:
+    """JPEGs of the size of ImageNet's, 500 x 375 and about BYTES long: noise that falls with frequency."""
+    random, made = np.random.default_rng(0), []
+    for _ in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (94, 125, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(int)
+        pixels += random.integers(-12, 13, pixels.shape)
+        file = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)
+        made.append(file.getvalue())
+    return made
 
 
 def nested_tar(path: Path, *, classes: int, each: int, first: int = 0, size: int = BYTES) -> Path:
@@ -163,6 +186,34 @@ def measure_batch(folder: Path) -> Figures:
     return {"very_first_ms": first, **figures}
 
 
+def measure_first(folder: Path) -> Figures:
+    import torch
+
+    from alexnet_ddp.config import apply_overrides, build
+    from alexnet_ddp.data.decoding.decode import create_decoder
+    from alexnet_ddp.data.feed import Feed
+    from alexnet_ddp.data.records import StoredRecords
+    from alexnet_ddp.data.training import Data, training_works
+
+    config = build(apply_overrides({}, ["name=scale", "data.train=there", "epochs=90", "global_batch=256",
+                                        "micro_batch=256"]))
+    figures = {}
+    for place in PLACES:
+        began = time.perf_counter()
+        index = open_index(str(folder / "ILSVRC2012_img_train.tar"), cache_dir=folder / "cache")
+        data = Data(train=index, val=None, order=Order(len(index), global_batch=256, seed=0, shards=64,
+                                                       identity=index.identity))
+        feed = Feed(config, StoredRecords(index, "original"), index.labels, create_decoder("auto"),
+                    crop="random_resized", device=torch.device("cpu"), threads=len(os.sched_getaffinity(0)))
+        step = 40 * data.order.steps_per_epoch + data.order.steps_per_epoch * place // 100
+        with feed.loader(rows=256) as loader:
+            batch = next(loader.run(training_works(config, data, first_step=step, rank=0, world=1)))
+            figures[f"at_{place}_seconds"] = time.perf_counter() - began
+            assert batch.work.step == step and batch.images.float().std() > 10
+        data.close()
+    return figures
+
+
 def measure_epochs(folder: Path, *, steps: int | None = None) -> Figures:
     """`steps` at the beginning of each of two epochs, all unless told otherwise."""
     from alexnet_ddp.config import apply_overrides, build
@@ -201,7 +252,7 @@ def measure_scan(folder: Path) -> Figures:
 
 MEASURES: dict[str, tuple[Callable[..., Figures], int]] = {  # and how often
     "open": (measure_open, 5), "permutation": (measure_permutation, 5), "batch": (measure_batch, 5),
-    "epochs": (measure_epochs, 1), "scan": (measure_scan, 3),
+    "first": (measure_first, 5), "epochs": (measure_epochs, 1), "scan": (measure_scan, 3),
 }
 
 
