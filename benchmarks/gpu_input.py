@@ -66,6 +66,7 @@ class Noise:
     def __init__(self, samples: int, side: int) -> None:
         self.stage = Stage("raw", side)
         self._pixels = np.random.default_rng(0).integers(0, 256, (samples, side * side * 3), dtype=np.uint8)
+        self._tensor = torch.from_numpy(self._pixels)
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -76,6 +77,9 @@ class Noise:
     def read_into(self, sample: int, out: np.ndarray, start: int = 0) -> None:
         flat = out.reshape(-1)
         np.copyto(flat, self._pixels[sample, start:start + flat.size])
+
+    def in_memory(self, sample: int, start: int, size: int) -> torch.Tensor:
+        return self._tensor[sample, start:start + size]
 
     def where(self, sample: int) -> str:
         return f"sample {sample} of the noise"

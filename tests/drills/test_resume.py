@@ -21,20 +21,6 @@ pytestmark = pytest.mark.drill
 SIGNALS = ("INT", "TERM", "HUP", "USR1", "USR2")
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bench]:
-    """bench(world=2, **changes of the recipe by dotted key): made at the first call, the same one afterwards."""
-    made: dict[str, Bench] = {}
-
-    def get(*, world: int, **changes: Any) -> Bench:
-        key = f"{world} {sorted(changes.items())}"
-        if key not in made:
-            made[key] = Bench(tmp_path_factory.mktemp("bench"), world=world, changes=changes)
-        return made[key]
-
-    return get
-
-
 # --- SIGKILL ----------------------------------------------------------------------------------------------------
 
 
