@@ -37,7 +37,7 @@ def show(records: Tensor, views: NDArray[np.int32], *, size: int, channels: int)
                   for at in range(0, len(records), PIECE)]
         shown = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if channels == 1:
-        red, green, blue = shown.float().unbind(-1)  # plain numbers as weights: a tensor of them would make the host wait
+        red, green, blue = shown.float().unbind(-1)  # a tensor of weights would make the host wait
         grey = red * GREY[0] + green * GREY[1] + blue * GREY[2]
         shown = grey.round_().clamp_(0, 255).to(torch.uint8).unsqueeze(-1)
     return shown

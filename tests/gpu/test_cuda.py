@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import harness
+from alexnet_ddp.data import raw
+from alexnet_ddp.data.decoding import views
 from alexnet_ddp.data.loader import Slot, SlotPool
+from alexnet_ddp.data.randomness import CROP_DRAWS, key, uniform
 from alexnet_ddp.models import create_model
 from alexnet_ddp.models.dropout import dropout_mask
 from alexnet_ddp.models.lrn import local_response_norm
@@ -61,6 +64,31 @@ def test_step_never_waits_for_the_device(tmp_path: Path, pictures: Path) -> None
     assert json.loads((tmp_path / "runs/nosync/state.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.parametrize("crop", ["random", "random_resized"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_records_in_the_gpu_s_memory(tmp_path: Path, pictures: Path, crop: str, channels: int) -> None:
+    """data.cache=gpu trains without a synchronising call, and ends in the bits of a run that sends every record."""
+    words = ["data.stored=raw73", "data.assignment=owner", f"augment.crop={crop}", f"model.in_channels={channels}",
+             "log.sync_debug=true"]
+    train(tmp_path, pictures, "sent", *words).check()
+    train(tmp_path, pictures, "kept", *words, "data.cache=gpu").check()
+    assert harness.final_files(tmp_path / "runs/kept") == harness.final_files(tmp_path / "runs/sent")
+
+
+def test_raw_views_are_the_cpu_s() -> None:
+    """Raw records cropped and resized on CUDA show what the CPU shows: cuts to the bit, resized ones within 1/255."""
+    random = np.random.default_rng(0)
+    records = torch.from_numpy(random.integers(0, 256, (40, 96, 96, 3), dtype=np.uint8))
+    draws = uniform(key(np.arange(40)), CROP_DRAWS)
+    for most, shown in ((0, views.random_crop_all(96, 96, size=84, draws=draws)),
+                        (1, views.random_resized_all(96, 96, size=84, draws=draws, scale=(0.08, 1.0),
+                                                     ratio=(0.75, 4 / 3)))):
+        for channels in (1, 3):
+            cpu = raw.show(records, shown, size=84, channels=channels)
+            cuda = raw.show(records.cuda(), shown, size=84, channels=channels)
+            assert (cuda.cpu().int() - cpu.int()).abs().max() <= most
+
+
 def test_dropout_masks_are_the_cpu_ones() -> None:
     """Keyed dropout gives the same mask on CUDA and on the CPU."""
     rows = torch.arange(1000, dtype=torch.int64) * 4_000_037 % 2**32
@@ -97,7 +125,7 @@ def test_nets_run_under_deterministic_algorithms(name: str) -> None:
 
 def test_a_slot_is_not_reused_before_its_copy() -> None:
     """Pinned slots handed back with their copy's event are only taken again after it: 200 rounds of real copies."""
-    pool = SlotPool(2, rows=64, size=224, channels=3, pin=True)
+    pool = SlotPool(2, rows=64, shape=(224, 224, 3), pin=True)
     arrived: list[tuple[int, torch.Tensor]] = []
     for turn in range(200):
         slot = pool.take()
