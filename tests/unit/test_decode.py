@@ -426,6 +426,28 @@ def test_a_flood_of_pixels_is_damage(decoder: decode.Decoder) -> None:
             decoded(decoder, data)
 
 
+@BOTH
+def test_damage_leaves_the_decoder_as_it_was(decoder: decode.Decoder) -> None:
+    """Whatever a thread was given before, a good photograph gives the same bits: libjpeg-turbo declined all after one
+    whose header says no rows."""
+    data, choose = encoded(photograph(300, 200)), random_view(uniform(key(1), CROP_DRAWS))
+    expected = decoded(decoder, data, choose)
+    rows = data.index(b"\xff\xc0") + 5  # of the frame's header
+    no_rows = data[:rows] + bytes(2) + data[rows + 2:]
+    for bad in (no_rows, data[:len(data) // 2] + b"\xff\xd9", data[:100] + b"\xff\xd9"):
+        with contextlib.suppress(DamagedImage):
+            decoded(decoder, bad, choose)
+        assert np.array_equal(decoded(decoder, data, choose), expected)
+
+
+@BOTH
+def test_a_line_isn_t_grown_to_gigabytes(decoder: decode.Decoder) -> None:
+    """An image of 1 x 60,000 with a short side of 73 would have 320 million pixels."""
+    line = encoded(Image.new("RGB", (1, 60_000), "red"))
+    with pytest.raises(DamagedImage, match="resized to 73 x 4380000 pixels are more than"):
+        decoded(decoder, line, lambda width, height: views.center(width, height, size=SIZE))
+
+
 def test_decoder_by_name() -> None:
     """auto is the quickest that is installed; an unknown name is refused; the version names all that moves pixels."""
     quickest = "simplejpeg" if turbojpeg.find_library() is None else "turbojpeg"

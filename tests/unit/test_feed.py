@@ -132,6 +132,14 @@ def test_room_for_nothing_is_refused() -> None:
         DeviceCache(np.arange(10), side=64, most_rows=8, device=CPU, limit=8 * 64 * 64 * 3)
 
 
+def test_a_rank_without_samples_keeps_none() -> None:
+    """Of fewer samples than ranks some rank has none: nothing to keep, and nothing to refuse."""
+    cache = DeviceCache(np.arange(0), side=4, most_rows=5, device=CPU, limit=None)
+    nobody = np.arange(0)
+    assert cache.capacity == 0 and cache.share == 1.0 and not len(cache.absent(nobody))
+    assert cache.exchange(nobody, nobody, torch.zeros((0, 4, 4, 3), dtype=torch.uint8)).shape == (0, 4, 4, 3)
+
+
 # --- the same pixels by every way -------------------------------------------------------------------------------
 
 

@@ -73,3 +73,12 @@ def test_words() -> None:
     for word in ("raw", "raw0", "raw5", "short-1", "png", "original256", "raw99999", ""):
         with pytest.raises(ValueError, match="a stage is"):
             parse_stage(word)
+
+
+def test_a_line_isn_t_grown_to_gigabytes() -> None:
+    """An image of 1 x 60,000 pixels as short256 would take 12 GB on the way; as max500 it is small."""
+    line = encoded(Image.new("RGB", (1, 60_000), "red"))
+    for word in ("short256", "raw256"):
+        with pytest.raises(DamagedImage, match="resized to 256 x 15360000 pixels are more than"):
+            to_stage(line, parse_stage(word))
+    assert to_stage(line, parse_stage("max500"))

@@ -32,20 +32,20 @@ class DeviceCache:
         self._ids = np.sort(mine)
         record = side * side * 3
         capacity = min(len(mine), (free_bytes(device) if limit is None else limit) // record - most_rows)
-        if capacity < 1:
+        if capacity < min(1, len(mine)):  # of fewer samples than ranks, a rank may have none
             raise UserError(
                 f"data.cache=gpu keeps raw{side} records of {record:,} bytes on {device}, and there isn't room for one "
                 f"batch of {most_rows} and a record. Use a smaller rawN, a smaller micro_batch, a larger "
                 f"data.cache_gb, or data.cache=ram.")
         self._there = np.zeros(len(mine), bool)  # what the feeder has had sent so far
-        self._capacity = capacity
+        self._capacity = capacity = max(0, capacity)
         # the rows behind the capacity are for records of one batch that aren't kept
         self._records = torch.empty((capacity + most_rows, side, side, 3), dtype=torch.uint8, device=device)
 
     @property
     def share(self) -> float:
         """Share of the rank's records that are on the device, or on their way."""
-        return float(self._there.mean())
+        return float(self._there.mean()) if len(self._there) else 1.0
 
     @property
     def capacity(self) -> int:

@@ -66,7 +66,7 @@ class PillowDecoder:
 
     def __call__(self, data: bytes, choose: ChooseView, out: U8) -> View:
         image = open_upright(data, channels=out.shape[-1])
-        view = choose(*image.size)
+        view = _bounded(choose(*image.size))
         box = (view.left, view.top, view.left + view.width, view.top + view.height)
         if self._quality == "antialias" and not view.only_cut:
             image = image.crop(box).resize((view.resized_width, view.resized_height), Image.Resampling.BILINEAR)
@@ -93,8 +93,8 @@ class JpegDecoder:
         _check_end(data)
         try:
             width, height = self._library.size(data)
-            _check_size(width, height)
-            view = choose(width, height)
+            check_size(width, height)
+            view = _bounded(choose(width, height))
             pixels, box = self._library.pixels(data, view, parts=PARTS[self._quality], channels=out.shape[-1])
         except NotForThis:
             return self._other(data, choose, out)
@@ -155,16 +155,25 @@ def _check_end(data: bytes) -> None:
         raise DamagedImage("image file is truncated (there is no end marker)")
 
 
-def _check_size(width: int, height: int) -> None:
+def _bounded(view: View) -> View:
+    """A view that is resized to no more than a photograph's pixels: a line of 1 x 60,000 would grow to 12 GB."""
+    check_size(view.resized_width, view.resized_height, what="resized to ")
+    return view
+
+
+def check_size(width: int, height: int, *, what: str = "") -> None:
+    """Raises DamagedImage."""
+    if width < 1 or height < 1:
+        raise DamagedImage(f"{width} x {height} pixels")
     if width * height > MOST_PIXELS:
-        raise DamagedImage(f"{width} x {height} pixels are more than the {MOST_PIXELS:,} of a photograph")
+        raise DamagedImage(f"{what}{width} x {height} pixels are more than the {MOST_PIXELS:,} of a photograph")
 
 
 def open_upright(data: bytes, *, channels: int) -> Image.Image:
     """The decoded, upright image with 1 (grey) or 3 (RGB) channels. Raises DamagedImage."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-        _check_size(*image.size)
+        check_size(*image.size)
         _check_end(data)
         image.load()
         if image.getexif().get(0x0112, 1) != 1:

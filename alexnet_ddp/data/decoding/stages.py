@@ -20,7 +20,7 @@ import PIL
 import simplejpeg
 from PIL import Image
 
-from alexnet_ddp.data.decoding.decode import open_upright
+from alexnet_ddp.data.decoding.decode import check_size, open_upright
 from alexnet_ddp.data.decoding.views import short_side
 
 PATTERN = r"^(original|(short|max|raw)[1-9][0-9]{1,3})$"  # what data.stored and `data pack --stage` accept
@@ -65,6 +65,7 @@ def to_stage(data: bytes, stage: Stage) -> bytes:
     else:
         size = short_side(width, height, short=stage.pixels)
     if size != image.size:
+        check_size(*size, what="resized to ")
         image = image.resize(size, Image.Resampling.BILINEAR)
     if stage.kind != "raw":
         return bytes(simplejpeg.encode_jpeg(np.asarray(image), quality=QUALITY, colorsubsampling="420"))

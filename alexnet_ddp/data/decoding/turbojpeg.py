@@ -114,7 +114,10 @@ class TurboJpegLibrary:
         width, height = -(-tj.tj3Get(handle, WIDTH) // fraction), -(-tj.tj3Get(handle, HEIGHT) // fraction)
         step = max(1, mcu_width // fraction)  # a region begins where a block of the JPEG does
         left = max(0, math.floor(box[0]) - MARGIN) // step * step
-        top = max(0, math.floor(box[1]) - MARGIN)
+        # After rows skipped within a block, quick upsampling (merged with the colours) shows what lay in memory: in
+        # libjpeg-turbo 2.1.92, of 2 % of such regions.
+        down = max(1, mcu_height // fraction) if self._fast else 1
+        top = max(0, math.floor(box[1]) - MARGIN) // down * down
         right = min(width, math.ceil(box[2]) + MARGIN)
         bottom = min(height, math.ceil(box[3]) + MARGIN)
         pixels = memory(bottom - top, right - left, channels)
@@ -137,7 +140,10 @@ class TurboJpegLibrary:
 
     def _check(self, code: int, handle: int) -> None:
         if code:
-            raise Declined(self._tj.tj3GetErrorStr(handle).decode(errors="replace"))
+            why = self._tj.tj3GetErrorStr(handle).decode(errors="replace")
+            # some damaged headers leave a decompressor that declines every image after them
+            del self._of_thread.owner
+            raise Declined(why)
 
 
 class _Handle:
