@@ -41,9 +41,9 @@ class JpegLibrary(Protocol):
 
 
 def open_library(name: str, *, fast: bool) -> JpegLibrary:
-    """`fast`: the inverse DCT and the chroma upsampling of lower accuracy, where a library has them."""
+    """`fast`: the inverse DCT and the chroma upsampling of lower accuracy, where a library decodes whole images."""
     if name == "turbojpeg":
-        return TurboJpeg(fast=fast)
+        return TurboJpeg()
     if name == "nvimgcodec":
         return NvImageCodec()
     return SimpleJpeg(fast=fast) if name == "simplejpeg" else TorchCodec()
@@ -95,8 +95,8 @@ class TurboJpeg:
 
     name = "turbojpeg"
 
-    def __init__(self, *, fast: bool) -> None:
-        self._library = turbojpeg.TurboJpegLibrary(fast=fast)
+    def __init__(self) -> None:
+        self._library = turbojpeg.TurboJpegLibrary()
         self._memory = Memory()
         self.version = self._library.version
 

@@ -4,6 +4,9 @@ No Python package offers both. The shared library is looked for, in this order: 
 in the package `turbojpeg` (the extra `region`), in this environment (conda's libjpeg-turbo), on the system. Older
 libraries, without tj3SetCroppingRegion, are passed over.
 
+The quick chroma upsampling (TJPARAM_FASTUPSAMPLE) is never asked for: after rows that were skipped within a block it
+shows what lay in memory (seen with 2.1.92, in one of some hundred regions).
+
 Functions and constants: turbojpeg.h of libjpeg-turbo 3.0, https://libjpeg-turbo.org/Documentation/Documentation
 """
 
@@ -28,10 +31,10 @@ from numpy.typing import NDArray
 U8 = NDArray[np.uint8]
 
 DECOMPRESS = 1  # TJINIT_DECOMPRESS
-SUBSAMPLING, WIDTH, HEIGHT, COLOURS, FAST_UPSAMPLE, FAST_DCT = 4, 5, 6, 8, 9, 10  # TJPARAM_*
+SUBSAMPLING, WIDTH, HEIGHT, COLOURS = 4, 5, 6, 8  # TJPARAM_*
 RGB, GREY = 0, 6  # TJPF_*
 CMYK, YCCK = 3, 4  # TJCS_*
-MCU = {0: (8, 8), 1: (16, 8), 2: (16, 16), 3: (8, 8), 4: (8, 16), 5: (32, 8), 6: (8, 32)}  # TJSAMP_* -> pixels
+MCU_WIDTH = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8, 5: 32, 6: 8}  # TJSAMP_* -> pixels
 MARGIN = 2  # pixels beside a region whose colours take part in the upsampling of those in it
 
 
@@ -73,11 +76,11 @@ def _candidates() -> Iterator[str]:
 class TurboJpegLibrary:
     """One decompressor a thread; safe from any number of threads."""
 
-    def __init__(self, *, fast: bool) -> None:
+    def __init__(self) -> None:
         path = find_library()
         if path is None:
             raise _absent()
-        self._fast, self._of_thread = fast, threading.local()
+        self._of_thread = threading.local()
         self._tj = tj = ctypes.CDLL(path)
         handle, data, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
         tj.tj3Init.restype, tj.tj3Init.argtypes = handle, [ctypes.c_int]
@@ -108,16 +111,13 @@ class TurboJpegLibrary:
         """
         tj, handle = self._tj, self._handle()
         self._check(tj.tj3DecompressHeader(handle, data, len(data)), handle)
-        mcu_width, mcu_height = MCU.get(tj.tj3Get(handle, SUBSAMPLING), (0, 0))
+        mcu_width = MCU_WIDTH.get(tj.tj3Get(handle, SUBSAMPLING), 0)
         if not mcu_width:
             raise Declined("unusual chroma subsampling")
         width, height = -(-tj.tj3Get(handle, WIDTH) // fraction), -(-tj.tj3Get(handle, HEIGHT) // fraction)
         step = max(1, mcu_width // fraction)  # a region begins where a block of the JPEG does
         left = max(0, math.floor(box[0]) - MARGIN) // step * step
-        # After rows skipped within a block, quick upsampling (merged with the colours) shows what lay in memory: in
-        # libjpeg-turbo 2.1.92, of 2 % of such regions.
-        down = max(1, mcu_height // fraction) if self._fast else 1
-        top = max(0, math.floor(box[1]) - MARGIN) // down * down
+        top = max(0, math.floor(box[1]) - MARGIN)
         right = min(width, math.ceil(box[2]) + MARGIN)
         bottom = min(height, math.ceil(box[3]) + MARGIN)
         pixels = memory(bottom - top, right - left, channels)
@@ -133,9 +133,6 @@ class TurboJpegLibrary:
         owner: _Handle | None = getattr(self._of_thread, "owner", None)
         if owner is None:
             owner = self._of_thread.owner = _Handle(self._tj)
-            if self._fast:
-                self._tj.tj3Set(owner.number, FAST_UPSAMPLE, 1)
-                self._tj.tj3Set(owner.number, FAST_DCT, 1)
         return owner.number
 
     def _check(self, code: int, handle: int) -> None:
