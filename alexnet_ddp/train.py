@@ -25,6 +25,7 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.cores import usable_cores
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.caches.device_cache import DeviceCache
+from alexnet_ddp.data.decoding import stages
 from alexnet_ddp.data.decoding.decode import create_decoder
 from alexnet_ddp.data.feed import Feed, device_cache, sweep, training_records, what_binds
 from alexnet_ddp.data.loader import Batch, Loader, Times, decode_threads
@@ -161,8 +162,13 @@ class Trainer:
         wanted = pinned if pinned and config.data.decoder == "auto" else config.data.decoder
         self.decoder = everywhere(world, lambda: create_decoder(wanted, quality=config.augment.resize))
         self.numeric = distributed.numeric_fingerprint(
-            world, decoder=f"{self.decoder.name} {self.decoder.version}", micro_batch=config.micro_batch,
+            world, decoder=self._pixels(), micro_batch=config.micro_batch,
             assignment=config.data.assignment, amp=config.amp, deterministic=config.deterministic)
+
+    def _pixels(self) -> str:
+        """Whose versions the pixels hang on: the decoder's, and of what makes a stage that may be made at each read."""
+        made = f"{self.decoder.name} {self.decoder.version}"
+        return made if self.config.data.stored == "original" else f"{made}, {stages.VERSIONS}"
 
     def prepare(self, *, accept_changes: bool) -> bool:
         """Builds the net and puts the state in it; False when the run is finished already. Raises UserError."""
@@ -463,6 +469,8 @@ class Trainer:
         if self.trace is not None:
             self.trace.close()
         self.feed.close(finished=not cause)
+        if not cause and self.world.local_rank == 0:
+            sweep(self.config)
         return EXIT_STOPPED if cause else EXIT_FINISHED
 
     def _tick(self, stage: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from alexnet_ddp.data.loader import Loader, Times
 from alexnet_ddp.data.records import Records, StoredRecords
 from alexnet_ddp.data.training import Data
 from alexnet_ddp.data.transfer import Transfer
+from alexnet_ddp.errors import UserError
 
 WAITING = 0.05  # share of the time without data from which on the input, not the step, is what binds
 
@@ -100,8 +102,12 @@ def device_cache(config: Config, data: Data, *, rank: int, world: int, most_rows
     if config.data.cache != "gpu":
         return None
     home = home_of(data.order, samples=len(data.train), rank=rank, world=world, ids=data.train_ids)
-    return DeviceCache(np.flatnonzero(home != NOT_OURS), side=parse_stage(config.data.stored).pixels,
-                       most_rows=most_rows, device=device, limit=cache_limit(config))
+    try:
+        return DeviceCache(np.flatnonzero(home != NOT_OURS), side=parse_stage(config.data.stored).pixels,
+                           most_rows=most_rows, device=device, limit=cache_limit(config))
+    except torch.OutOfMemoryError:
+        raise UserError(f"data.cache=gpu: {device} hasn't the memory for data.cache_gb={config.data.cache_gb:g}. Use a "
+                        "smaller one, or leave it out: then what is free but a fifth of the device is used.") from None
 
 
 def cache_limit(config: Config) -> int | None:
@@ -109,9 +115,11 @@ def cache_limit(config: Config) -> int | None:
 
 
 def sweep(config: Config) -> None:
-    """Takes away what finished runs of this user left in the node's caches of this recipe's kind."""
-    if config.data.cache == "disk" or config.data.cache == "ram":
-        sweep_caches(config.data.cache, base=cache_dir(config))
+    """Takes away what finished runs of this user left in the node's caches: this run's own, too, of a kind that it had
+    before."""
+    kinds: tuple[Literal["disk", "ram"], ...] = ("disk", "ram")
+    for kind in kinds:
+        sweep_caches(kind, base=cache_dir(config) if kind == config.data.cache else None)
 
 
 def cache_dir(config: Config) -> Path | None:

@@ -134,6 +134,12 @@ def test_class_tars_without_images_are_named(tmp_path: Path) -> None:
     assert "1 hold none: n09999999." in refusal(tmp_path / "unpacked")
 
 
+def test_compressed_class_tars_beside_plain_ones_are_named(tmp_path: Path) -> None:
+    """A class tar that can't be read for being compressed isn't passed over, which would lose its class."""
+    mixed = nested(TRAIN) | {"n09999999.tar.gz": b"squeezed"}
+    assert "1 compressed archives lie beside its class tars" in refusal(make_tar(tmp_path / "outer.tar", mixed))
+
+
 def test_a_folder_of_the_published_archives_names_them(tmp_path: Path) -> None:
     """The folder they were downloaded to isn't taken for shards of one set: the message says which to give."""
     make_tar(tmp_path / "dl/ILSVRC2012_img_train.tar", nested(TRAIN))

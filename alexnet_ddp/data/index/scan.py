@@ -50,6 +50,10 @@ def finish(whole: Part, stamps: Sequence[Stamp], source: Source) -> Scan:
 
     layout = find_layout(listing, source, base=_base_of_tars(whole, source))
     in_tars = {b"/".join(filter(None, (layout.base, name))) for name in layout.classes} <= whole.inner
+    squeezed = sum(listing.others[suffix] for suffix in (".gz", ".tgz", ".bz2", ".xz", ".zst"))
+    if in_tars and squeezed:
+        raise UserError(f"{source}: {squeezed} compressed archives lie beside its class tars, and their classes would "
+                        "be lost. Unpack the outer tar, decompress them, and give the folder.")
     table = build_table(listing, classes=layout.classes, labels=_by_directory(listing, layout.class_of),
                         prefixes=layout.prefixes, base=layout.base, class_in_path=True,
                         class_suffix=b".tar" if in_tars else b"", containers=source.paths)
