@@ -237,7 +237,7 @@ def chart(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     except ImportError:
         raise UserError("--chart needs matplotlib: pip install 'alexnet-ddp[bench]'") from None
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "alexnet-ddp"
+    matplotlib.rcParams.update({"svg.hashsalt": "alexnet-ddp", "svg.fonttype": "none"})  # text stays text
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(row["set"] for row in rows))

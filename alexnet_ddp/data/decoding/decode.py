@@ -126,9 +126,9 @@ def create_decoder(name: str, *, quality: Quality = "antialias") -> Decoder:
 
 def _upright(data: bytes) -> bool:
     """Whether Pillow would show these JPEG bytes without turning them; False also where it can't say."""
-    header = _header(data)
-    if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:  # where Pillow looks: EXIF, then XMP
-        return True
+    end = _end_of_header(data)
+    if data.find(b"Exif\0\0", 0, end) < 0 and data.find(b"tiff:Orientation", 0, end) < 0:
+        return True  # EXIF, then XMP, is where Pillow looks
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:  # reads the header only
             return bool(image.getexif().get(0x0112, 1) == 1)
@@ -136,22 +136,22 @@ def _upright(data: bytes) -> bool:
         return False
 
 
-def _header(data: bytes) -> bytes:
-    """JPEG bytes up to the first scan, all of them where there is something else between the segments."""
+def _end_of_header(data: bytes) -> int:
+    """Where the first scan of a JPEG begins; the end where there is something else between the segments."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         if data[at + 1] == 0xDA:
-            return data[:at]
+            return at
         at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2:at + 4], "big")
-    return data
+    return len(data)
 
 
 def _check_end(data: bytes) -> None:
     """A JPEG whose tail was never written, so that it is zeros, decodes to a grey lower half without a word."""
     if data[-2:] == b"\xff\xd9" or data[:2] != b"\xff\xd8":
         return
-    header = _header(data)
-    if data.rfind(b"\xff\xd9", len(header) if len(header) < len(data) else 2) < 0:
+    end = _end_of_header(data)
+    if data.rfind(b"\xff\xd9", end if end < len(data) else 2) < 0:
         raise DamagedImage("image file is truncated (there is no end marker)")
 
 

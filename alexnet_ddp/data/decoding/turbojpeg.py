@@ -81,17 +81,19 @@ class TurboJpegLibrary:
         if path is None:
             raise _absent()
         self._of_thread = threading.local()
-        self._tj = tj = ctypes.CDLL(path)
+        # Only decoding itself lets other threads have the interpreter. The other calls take some microseconds or less,
+        # and each that gave it up would wait for it behind the other decode threads.
+        self._tj = tj = ctypes.PyDLL(path)
+        self._decompress = ctypes.CDLL(path).tj3Decompress8
         handle, data, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
         tj.tj3Init.restype, tj.tj3Init.argtypes = handle, [ctypes.c_int]
         tj.tj3Destroy.restype, tj.tj3Destroy.argtypes = None, [handle]
-        tj.tj3Set.argtypes = [handle, ctypes.c_int, ctypes.c_int]
         tj.tj3Get.argtypes = [handle, ctypes.c_int]
         tj.tj3DecompressHeader.argtypes = [handle, data, size]
         tj.tj3SetCroppingRegion.argtypes = [handle, _Region]
         tj.tj3SetScalingFactor.argtypes = [handle, _Factor]
-        tj.tj3Decompress8.argtypes = [handle, data, size, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         tj.tj3GetErrorStr.restype, tj.tj3GetErrorStr.argtypes = data, [handle]
+        self._decompress.argtypes = [handle, data, size, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self.version = _fingerprint(path)
 
     def read_header(self, data: bytes) -> tuple[int, int]:
@@ -125,8 +127,8 @@ class TurboJpegLibrary:
         self._check(tj.tj3SetScalingFactor(handle, _Factor(1, fraction)), handle)
         if (left, top, right, bottom) != (0, 0, width, height):
             self._check(tj.tj3SetCroppingRegion(handle, _Region(left, top, right - left, bottom - top)), handle)
-        self._check(tj.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, (right - left) * channels,
-                                      RGB if channels == 3 else GREY), handle)
+        self._check(self._decompress(handle, data, len(data), pixels.ctypes.data, (right - left) * channels,
+                                     RGB if channels == 3 else GREY), handle)
         return pixels, left, top
 
     def _handle(self) -> int:
