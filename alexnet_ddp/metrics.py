@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alexnet_ddp.loss import Targets
+
 LOSS, CORRECT, SAMPLES = range(3)
 
 
@@ -42,12 +44,14 @@ class Window:
     def full(self) -> bool:
         return self.filled >= self._steps
 
-    def add(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """One micro-batch: losses [n], logits [n, classes], labels [n]."""
+    def add(self, losses: Tensor, logits: Tensor, targets: Targets) -> None:
+        """One micro-batch: losses [n], logits [n, classes]. Of a blended image its own label is the right one."""
+        labels, weights = targets.labels, targets.weights
         row = self._rows[self.filled]
         row[LOSS] += losses.double().sum()
-        row[CORRECT] += (logits.argmax(1) == labels).sum() if len(labels) else 0
-        row[SAMPLES] += len(labels)
+        correct = logits.argmax(1) == labels if len(labels) else labels != labels
+        row[CORRECT] += (correct if weights is None else correct & (weights > 0)).sum()
+        row[SAMPLES] += len(labels) if weights is None else (weights > 0).sum()
 
     def close_step(self, norm: Tensor) -> None:
         """The step is done; its gradient norm is not finite exactly when its update was skipped."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from alexnet_ddp.loss import Targets, sample_losses
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models.dropout import set_dropout_rows
 
@@ -23,7 +23,7 @@ class MicroBatch:
     """What one forward takes, on the device; n may be 0."""
 
     pixels: Tensor  # float32 [n, channels, size, size], normalised
-    labels: Tensor  # int64 [n]
+    targets: Targets
     dropout_rows: Tensor  # int64 [n], the samples' dropout keys
     last: bool  # the step's last on this rank: its backward sums the gradients over the ranks
 
@@ -64,9 +64,9 @@ class Step:
     """Takes optimizer steps. Counters stay on the device; nothing here waits for it."""
 
     def __init__(self, net: DistributedDataParallel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                 *, amp: str, clip_norm: float | None, tick: Callable[[str], None]) -> None:
+                 *, amp: str, clip_norm: float | None, tick: Callable[[str], None], smoothing: float = 0.0) -> None:
         self.net, self.optimizer, self.scaler = net, optimizer, scaler
-        self._dtype, self._clip, self._tick = AMP[amp], clip_norm, tick
+        self._dtype, self._clip, self._tick, self._smoothing = AMP[amp], clip_norm, tick, smoothing
         self._parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device
         self._norm = torch.zeros((), device=self._device)
@@ -86,12 +86,11 @@ class Step:
                 set_dropout_rows(self.net.module, batch.dropout_rows)
                 with self.autocast():
                     logits = self.net(batch.pixels)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                losses = F.cross_entropy(logits, batch.labels, reduction="none")
+                losses = sample_losses(logits, batch.targets, smoothing=self._smoothing)
                 if batch.last:
                     self._tick("reduce")
                 self.scaler.scale(losses.sum() / planned).backward()  # the last one sums over ranks
-            window.add(losses.detach(), logits.detach(), batch.labels)
+            window.add(losses.detach(), logits.detach(), batch.targets)
         self._tick("gradients")
 
         self.scaler.unscale_(self.optimizer)  # in every precision: this is what finds inf and nan, on the device

@@ -36,6 +36,7 @@ from alexnet_ddp.data.training import Data, has_single_samples, largest_part, op
 from alexnet_ddp.distributed import World, everywhere, first_on_node, on_rank_0
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
 from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, view_of
+from alexnet_ddp.loss import Targets
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models import create_model
 from alexnet_ddp.optim import create_optimizer, create_scaler, named_state
@@ -346,7 +347,7 @@ class Trainer:
             rows = torch.from_numpy(dropout_rows(work.samples, seed=self.config.seed, step=step))
             pixels = self.augment(images, work.draws)
             pixels = faults.spoil(pixels, self.config.fault, step=step, rank=self.world.rank)
-            yield MicroBatch(pixels, labels, rows.to(self.world.device, non_blocking=True), last)
+            yield MicroBatch(pixels, Targets(labels), rows.to(self.world.device, non_blocking=True), last)
 
     # ------------------------------------------------------------------------------------------------------------
     # Agreeing, logging

@@ -49,6 +49,7 @@ from alexnet_ddp.data.records import Records, StoredRecords
 from alexnet_ddp.data.training import Data, training_works
 from alexnet_ddp.distributed import World
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
+from alexnet_ddp.loss import Targets
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models import create_model
 from alexnet_ddp.optim import create_optimizer, create_scaler
@@ -115,7 +116,8 @@ class Rig:
 
     def _micro(self, images: torch.Tensor, labels: torch.Tensor, samples: np.ndarray, draws: Any) -> MicroBatch:
         rows = torch.from_numpy(dropout_rows(samples, seed=0, step=self._steps))
-        return MicroBatch(self.augment(images, draws), labels, rows.to(self.world.device, non_blocking=True), True)
+        return MicroBatch(self.augment(images, draws), Targets(labels), rows.to(self.world.device, non_blocking=True),
+                          True)
 
     def _synthetic(self) -> Iterator[MicroBatch]:
         size, samples = self.config.augment.size, np.arange(self.batch)
@@ -137,11 +139,11 @@ class Rig:
     def take(self, name: str) -> int:
         """One step from a source; returns its images."""
         micro = next(self.sources[name])
-        self.step([micro], lr=1e-4, planned=len(micro.labels), window=self.window)
+        self.step([micro], lr=1e-4, planned=len(micro.targets.labels), window=self.window)
         self._steps += 1
         if self.window.full:
             self.window.summary()
-        return len(micro.labels)
+        return len(micro.targets.labels)
 
     def trial(self, name: str, *, seconds: float, ramp: float) -> float:
         """Images a second."""

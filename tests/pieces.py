@@ -116,6 +116,7 @@ def train_in_float64(world: Any, steps: int, micro_batch: int, inf_at: tuple[int
     from alexnet_ddp.data.loader import micro_batches
     from alexnet_ddp.data.order import Order
     from alexnet_ddp.data.randomness import dropout_rows
+    from alexnet_ddp.loss import Targets
     from alexnet_ddp.metrics import Window
     from alexnet_ddp.optim import create_optimizer, create_scaler
     from alexnet_ddp.sections import OptimSection
@@ -134,7 +135,7 @@ def train_in_float64(world: Any, steps: int, micro_batch: int, inf_at: tuple[int
         shown = pixels[mine]
         if inf_at == (number, world.rank):
             shown[0, 0, SIZE // 2, SIZE // 2] = float("inf")
-        step((MicroBatch(shown[cut], labels[mine[cut]], rows[cut], cut is cuts[-1]) for cut in cuts),
+        step((MicroBatch(shown[cut], Targets(labels[mine[cut]]), rows[cut], cut is cuts[-1]) for cut in cuts),
              lr=0.02, planned=order.plan(number).count, window=window)
         losses.append(window.summary().loss)
     return losses, {name: tensor.numpy() for name, tensor in net.state_dict().items()}, list(window.counts())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ddp.distributed import World
+from alexnet_ddp.loss import Targets
 from alexnet_ddp.metrics import Summary, Window
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def step(window: Window, seed: int, *, norm: Tensor = FINE, cuts: tuple[int, ...
     labels = torch.randint(0, 4, (5,), generator=random)
     losses = torch.rand(5, generator=random)
     for first, last in zip(cuts[:-1], cuts[1:], strict=True):
-        window.add(losses[first:last], logits[first:last], labels[first:last])
+        window.add(losses[first:last], logits[first:last], Targets(labels[first:last]))
     window.close_step(norm)
     return losses.double(), logits.argmax(1) == labels
 
@@ -54,7 +55,7 @@ def test_partial_and_empty_windows(world: World) -> None:
     """A window is read before it is full (a run's end), with steps that had no sample, and with none at all."""
     window = Window(50, device=CPU)
     step(window, 0)
-    window.add(torch.zeros(0), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))  # a rank without samples
+    window.add(torch.zeros(0), torch.zeros(0, 4), Targets(torch.zeros(0, dtype=torch.int64)))  # a rank without samples
     window.close_step(FINE)
     assert not window.full
     assert window.summary().samples == 5
@@ -138,6 +139,6 @@ def test_sums_are_float64(world: World) -> None:
     """A long window loses no small loss beside large ones: sums are float64."""
     window = Window(1, device=CPU)
     for _ in range(1000):
-        window.add(torch.tensor([1e6, 1e-3]), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
+        window.add(torch.tensor([1e6, 1e-3]), torch.zeros(2, 2), Targets(torch.zeros(2, dtype=torch.int64)))
     window.close_step(FINE)
     assert window.summary().loss * 2000 == pytest.approx(1e9 + 1.0, rel=1e-12)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_ddp.distributed import World
+from alexnet_ddp.loss import Targets
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models import create_model
 from alexnet_ddp.models.dropout import set_dropout_rows
@@ -49,7 +50,7 @@ def batch(seed: int, *, cuts: tuple[int, ...] = (0, N), kind: torch.dtype = torc
     labels = torch.randint(0, CLASSES, (N,), generator=random)
     rows = torch.randint(0, 2**32, (N,), generator=random)
     pieces = list(itertools.pairwise(cuts))
-    return [MicroBatch(pixels[a:b], labels[a:b], rows[a:b], last=number == len(pieces) - 1)
+    return [MicroBatch(pixels[a:b], Targets(labels[a:b]), rows[a:b], last=number == len(pieces) - 1)
             for number, (a, b) in enumerate(pieces)]
 
 
@@ -97,7 +98,7 @@ def test_three_steps_by_hand(world: World, clip: float | None, nesterov: bool) -
         window = take(step, batch(seed, kind=torch.float64))
         whole, = batch(seed, kind=torch.float64)
         set_dropout_rows(net, whole.dropout_rows)
-        loss = F.cross_entropy(net(whole.pixels), whole.labels)
+        loss = F.cross_entropy(net(whole.pixels), whole.targets.labels)
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         norm = torch.cat([value.ravel() for value in gradients.values()]).norm()
         factor = 1.0 if clip is None else min(1.0, clip / (float(norm) + 1e-6))
