@@ -142,8 +142,3 @@ def clean(directory: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-
-
-def megabytes(count: float) -> str:
-    """A number of bytes for people: `489 MB`, and one decimal below 10 MB."""
-    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from alexnet_ddp.amounts import human_bytes
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.checkpoint.files import Written
 from alexnet_ddp.checkpoint.state import SCHEMA, TrainState, check_plain, restore
@@ -250,9 +251,9 @@ def check_space(directory: Path, *, needed: int, keep: int) -> None:
     free = shutil.disk_usage(directory).free
     if free + own < wanted:
         raise UserError(
-            f"not enough space for checkpoints in {directory}: {files.megabytes(wanted)} are needed "
-            f"({keep} kept, one being written and the best, {files.megabytes(needed)} each), "
-            f"{files.megabytes(free)} are free and {files.megabytes(own)} are this run's already.\n"
+            f"not enough space for checkpoints in {directory}: {human_bytes(wanted)} are needed "
+            f"({keep} kept, one being written and the best, {human_bytes(needed)} each), "
+            f"{human_bytes(free)} are free and {human_bytes(own)} are this run's already.\n"
             "Free some, or choose a larger disk: runs=... is the folder of all run directories."
         )
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from alexnet_ddp.checkpoint import choose, files, store
+from alexnet_ddp.amounts import human_bytes
+from alexnet_ddp.checkpoint import choose, store
 from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.errors import RunFailed
 
@@ -161,7 +162,7 @@ class Writer:
         why = str(error.strerror) if isinstance(error, OSError) else f"read back wrong: {error.why}"
         self.failure = (
             f"the checkpoint of step {state.step} was not saved in {self.directory}: {why} "
-            f"({files.megabytes(store.size_on_disk(state))} needed, {_free(self.directory)} free); "
+            f"({human_bytes(store.size_on_disk(state))} needed, {_free(self.directory)} free); "
             f"older ones are intact; failure {self.failures_in_a_row} in a row of {FAILURES_ALLOWED} allowed"
         )
         if self.failures_in_a_row >= FAILURES_ALLOWED:
@@ -180,6 +181,6 @@ class Writer:
 
 def _free(directory: Path) -> str:
     try:
-        return files.megabytes(shutil.disk_usage(directory).free)
+        return human_bytes(shutil.disk_usage(directory).free)
     except OSError as error:
         return os.strerror(error.errno or 0)

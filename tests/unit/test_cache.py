@@ -340,6 +340,7 @@ def test_the_limit_holds(tmp_path: Path, base: Path, kind: str) -> None:
     assert all(cache.progress().full and cache.progress().held for cache in caches)
     assert sum("takes no more: its limit" in line for line in pieces.said) == 2
     assert sum("share of the records takes" in line for line in pieces.said) == 2
+    assert " kB" in pieces.said[0] and not any("0.0 GB" in line for line in pieces.said)
     for cache in caches:
         cache.close()
     used = sum(path.stat().st_blocks * 512 for path in pieces.files())

@@ -243,7 +243,7 @@ def test_a_failing_disk_is_tried_again(
             writer.submit(state(2))
             writer.wait()
             assert writer.failures_in_a_row == failures and writer.failure == lines[-1]
-            assert why in lines[-1] and "MB needed" in lines[-1] and "MB free" in lines[-1]
+            assert why in lines[-1] and " needed, " in lines[-1] and "B free" in lines[-1]
             assert "\n" not in lines[-1]
             assert choose.choose(writer.directory).path == writer.directory / "step_00000001"
         assert len(lines) == 2 * (round_ + 1)

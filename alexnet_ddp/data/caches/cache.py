@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from alexnet_ddp.amounts import human_bytes
 from alexnet_ddp.data.caches.cache_file import ENTRY, LONGEST, ShardFile
 from alexnet_ddp.data.caches.cache_folder import CacheFolder, house_in, sweep, unusable
 from alexnet_ddp.data.caches.space import check_system, default_base, room
@@ -70,7 +71,7 @@ class CacheProgress:
     def __str__(self) -> str:
         share = self.held / max(1, self.samples)
         damaged = f", {self.refetched:,} damaged and read again" if self.refetched else ""
-        return (f"{self.held:,} of {self.samples:,} records ({share:.0%}), {self.bytes / 1e9:.2f} GB"
+        return (f"{self.held:,} of {self.samples:,} records ({share:.0%}), {human_bytes(self.bytes)}"
                 f"{', full' if self.full and not self.complete else ''}{damaged}")
 
 
@@ -105,8 +106,8 @@ def open_cache(records: Records, *, kind: Literal["disk", "ram"], index: Index, 
         fits = fits if limit_bytes is None else min(fits, max(used, limit_bytes))
         needed = needed_bytes(index, stage, own) * len(neighbours)  # ranks have equal shares
         if needed > fits:
-            say(f"{folder.path}: the node's share of the records takes {needed / 1e9:.1f} GB, and {fits / 1e9:.1f} GB "
-                f"fit ({free / 1e9:.1f} GB are free, of which a tenth is spared"
+            say(f"{folder.path}: the node's share of the records takes {human_bytes(needed)}, and {human_bytes(fits)} "
+                f"fit ({human_bytes(free)} are free, of which a tenth is spared"
                 f"{'' if limit_bytes is None else f'; data.cache_gb={limit_bytes / 1e9:g}'}); the rest will be read "
                 "from the source")
         rounds, over = divmod(order.samples, order.shards)
@@ -297,7 +298,7 @@ class CachedRecords:
             if self._allowance is not None and self._written + size > self._allowance:
                 why = "its limit is reached (data.cache_gb)"
             elif self._written >= self._looked and room(self._folder.path) - self._reserve < BETWEEN_LOOKS:
-                why = f"a tenth of what was free is spared ({self._reserve / 1e9:.1f} GB)"
+                why = f"a tenth of what was free is spared ({human_bytes(self._reserve)})"
             else:
                 if self._written >= self._looked:
                     self._looked = self._written + BETWEEN_LOOKS
