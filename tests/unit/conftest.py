@@ -1,6 +1,7 @@
 """What several unit tests stand on."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,3 +18,9 @@ def world() -> Iterator[World]:
     yield distributed.join(device="cpu", timeout=60)
     distributed.leave()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexes are kept where the test ends with them."""
+    monkeypatch.setenv("ALEXNET_DDP_CACHE", str(tmp_path / "cache"))

@@ -12,6 +12,8 @@ from alexnet_ddp.data.index import check_pair, open_index
 from alexnet_ddp.errors import UserError
 from stores import KIT, devkit, make_devkit, make_folder, make_tar, nested, settle, tar_bytes
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 WNIDS = ["n01440764", "n01443537", "n01484850"]
 TRAIN = {f"{wnid}/{wnid}_{number}.JPEG": f"{wnid} {number}".encode() * 50
          for wnid in WNIDS for number in (10026, 9, 300)}
@@ -19,11 +21,6 @@ TRUTH = [3, 1, 1, 2, 3, 2]  # classes of the validation images by number, from 1
 IN_KIT = ["n01484850", "n01440764", "n01443537"]  # the devkit's order isn't that of the ids
 VAL = {f"ILSVRC2012_val_{number:08d}.JPEG": b"image %d" % number for number in range(1, len(TRUTH) + 1)}
 VAL_NAMES = sorted(f"{IN_KIT[label - 1]}/ILSVRC2012_val_{number:08d}" for number, label in enumerate(TRUTH, start=1))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALEXNET_DDP_CACHE", str(tmp_path / "cache"))
 
 
 def names(locator: Path | str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ddp.data.index import Index, open_index
+from alexnet_ddp.data.index import Index, open_index, summary
 from alexnet_ddp.errors import UserError
 
 
@@ -78,6 +78,16 @@ def test_clutter_is_passed_over_and_other_files_are_counted(make) -> None:
     index = open_index(make("data.tar", "a/1.jpg", "a/notes.txt", "a/2.TXT", "b/1.png", "b/2.webp", *clutter))
     assert names(index) == ["a/1", "b/1"]
     assert index.notes == ["3 other files are ignored (2 .txt, 1 .webp)"]
+
+
+def test_members_that_lead_out_of_the_tar_are_told() -> None:
+    """Members with `..` in their path are passed over, and a note and the refusal of an empty tar say how many."""
+    index = open_index(tar("data.tar", "a/1.jpg", "b/1.jpg", "../c/1.jpg", "a/../../2.jpg", "../notes.txt"))
+    assert names(index) == ["a/1", "b/1"]
+    said = "3 members of the tar passed over: '..' in the path, which leads out of the archive"
+    assert index.notes == [said] and f"note      {said}" in summary(index)
+    assert open_index("data.tar").notes == [said]  # from the cache
+    assert "1 member of the tar passed over: '..'" in refusal(tar("out.tar", "../a/1.jpg"))
 
 
 @pytest.mark.parametrize("make", [folder, tar])

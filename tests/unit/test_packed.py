@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_ddp.data.index import open_index
+from alexnet_ddp.data.index import open_index, summary
 from alexnet_ddp.errors import UserError
 from stores import make_folder, make_tar, settle, tar_bytes
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 SIDE = 12
 CLASSES = ("Zebra", "ant", "äffin")
@@ -18,11 +20,6 @@ STEMS = ("10", "9", "a.b", "more/1")
 NAMES = [f"{label}/{stem}" for label in CLASSES for stem in STEMS]
 PIXELS = {name: np.random.default_rng(place).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
           for place, name in enumerate(NAMES)}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALEXNET_DDP_CACHE", str(tmp_path / "cache"))
 
 
 def npy(pixels: np.ndarray) -> bytes:
@@ -97,6 +94,14 @@ def test_a_pack_of_images(tmp_path: Path, identity: str, stage: str) -> None:
     with open_index(str(make_pack(tmp_path / "pack", [members], stage=stage, identity=identity))) as index:
         assert (index.stage, index.identity) == (stage, identity)
         assert [index.read(n) for n in range(len(index))] == list(members.values())
+
+
+def test_a_pack_is_called_one(tmp_path: Path, identity: str) -> None:
+    """`data index` calls a pack a pack, with its stage and shards, and a tar a tar."""
+    with open_index(str(raw_pack(tmp_path / "pack", identity))) as index:
+        assert f"{tmp_path / 'pack'} (pack of stage raw{SIDE}, 2 shards)" in summary(index)
+    with open_index(str(make_tar(tmp_path / "plain.tar", {"a/1.jpg": b"x"}))) as index:
+        assert f"{tmp_path / 'plain.tar'} (tar)" in summary(index)
 
 
 def test_classes_keep_the_order_of_the_source(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class _Tar:
             self._meter.at(offset)
             path = prefix + _path(member)
             if not path or path.endswith(b"/"):
+                part.listing.outside += _leads_out(member)
                 continue
             if inner is not None and member.isreg() and suffix_of(path).lower() == b".tar" and not self._raw:
                 if self._inside and below(path[:-4], self._inside) is None:
@@ -143,6 +144,10 @@ class _Tar:
             part.label_files[text(suffix)] += 1
         else:
             listing.add_other(name)
+
+
+def _leads_out(member: tarfile.TarInfo) -> bool:
+    return not member.isdir() and ".." in member.name.split("/")
 
 
 def _path(member: tarfile.TarInfo) -> bytes:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_ddp.amounts import counted
 from alexnet_ddp.data.index import index_cache
 from alexnet_ddp.data.index.archives import scan_tars
 from alexnet_ddp.data.index.descriptors import Tars, preadv
@@ -163,16 +164,15 @@ def summary(index: Index) -> str:
     """What `data index` prints: a few lines on the samples, where they lie and how they are known."""
     counts = np.bincount(index.labels, minlength=len(index.classes))
     small, large = int(counts.argmin()), int(counts.argmax())
-    stored = index.table.sizes.sum(dtype=np.int64)
+    stored, shards = index.table.sizes.sum(dtype=np.int64), len(index.source.paths)
     lines = [
         (
             "source",
-            f"{index.source} ({index.source.kind}"
-            + (f", {len(index.source.paths)} shards)" if len(index.source.paths) > 1 else ")"),
+            f"{index.source} ({index.source.kind if index.source.pack is None else f'pack of stage {index.stage}'}"
+            + (f", {counted(shards, 'shard')})" if shards > 1 or index.source.pack is not None else ")"),
         ),
         ("samples", f"{len(index):,}"),
         ("classes", f"{len(index.classes):,} ({listed(index.classes)})"),
-        *([("stage", index.stage)] if index.source.pack is not None else []),
         ("smallest", f"{index.classes[small]}: {counts[small]:,}"),
         ("largest", f"{index.classes[large]}: {counts[large]:,}"),
         (

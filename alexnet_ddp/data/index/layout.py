@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from alexnet_ddp.amounts import counted
 from alexnet_ddp.data.index.sources import Source, listed
 from alexnet_ddp.data.index.table import Listing, below, parent_of, text
 from alexnet_ddp.errors import UserError
@@ -73,6 +74,8 @@ def no_images(listing: Listing, source: Source) -> UserError:
         way_out = "Inner archives can be read in place if they are plain .tar: unpack the outer one and `gunzip` them."
     elif listing.others[".npy"]:
         way_out = "Raw records are read from a whole pack: give the folder that holds its pack.json."
+    if listing.outside:
+        way_out = f"({_outside(listing)}.)\n{way_out}"
     return UserError(f"{source}: no images there (.jpg, .jpeg, .jpe or .png); found: {found}.\n{way_out}")
 
 
@@ -138,8 +141,14 @@ def _notes(
 
 
 def note_others(listing: Listing) -> list[str]:
-    """One note on the files that are no images, by extension."""
-    if not listing.others:
-        return []
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in listing.others.most_common(5))
-    return [f"{listing.others.total()} other files are ignored ({kinds})"]
+    """A note on the files that are no images, by extension, and one on members whose place is outside of the tar."""
+    notes = []
+    if listing.others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in listing.others.most_common(5))
+        notes.append(f"{listing.others.total()} other files are ignored ({kinds})")
+    return notes + ([_outside(listing)] if listing.outside else [])
+
+
+def _outside(listing: Listing) -> str:
+    return (f"{counted(listing.outside, 'member')} of the tar passed over: '..' in the path, which leads out of the "
+            "archive")

@@ -41,6 +41,7 @@ class Part:
             "bare": _plain(sorted(listing.bare_directories)),
             "suffixes": _plain(listing.suffixes),
             "others": listing.others,
+            "outside": listing.outside,
             "stamps": self.stamps,
             "known": [_plain([value]) if isinstance(value, bytes) else value for value in self.known],
             "label_files": self.label_files,
@@ -70,6 +71,7 @@ class Part:
             bare_directories=set(_raw(head["bare"])),
             suffixes={name: number for number, name in enumerate(_raw(head["suffixes"]))},
             others=Counter(head["others"]),
+            outside=int(head["outside"]),
             stems=bytearray(pieces[0]),
             **columns,
         )

@@ -27,7 +27,7 @@ def finish(whole: Part, stamps: Sequence[Stamp], source: Source) -> Scan:
     if not len(listing):
         raise _not_inside(whole, source)
     if source.pack is not None:
-        return _packed(listing, source), [*stamps, stamp_of(source.pack.path)], []
+        return _packed(listing, source), [*stamps, stamp_of(source.pack.path)], note_others(listing)
 
     keyed = find_keyed(listing, whole.values, whole.known, source)
     if keyed is not None:

@@ -63,6 +63,7 @@ class Listing:
     bare_directories: set[bytes] = field(default_factory=set)  # every directory met as such, with images or not
     suffixes: dict[bytes, int] = field(default_factory=dict)  # as spelled -> code
     others: Counter[str] = field(default_factory=Counter)  # suffixes of files that are no images
+    outside: int = 0  # members of a tar with `..` in their path, which would lie outside of it
     stems: bytearray = field(default_factory=bytearray)
     ends: "array[int]" = field(default_factory=lambda: array("q"))
     directory: "array[int]" = field(default_factory=lambda: array("i"))
@@ -106,6 +107,7 @@ class Listing:
         self.size.extend(other.size)
         self.bare_directories |= other.bare_directories
         self.others.update(other.others)
+        self.outside += other.outside
 
     def images_in(self) -> dict[bytes, int]:
         """How many images lie directly in each directory."""
