@@ -9,12 +9,12 @@ import shutil
 import textwrap
 
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
+from alexnet_ddp.findings import WIDTH, lines
 from alexnet_ddp.words import Parser
 from launch import slurm
 from launch.findings import Site, findings, parse_qos
 from launch.slurm import Partition
 
-WIDTH = 100  # columns
 QOS = ["sacctmgr", "-nP", "show", "qos", "format=Name,PreemptMode,GraceTime"]
 
 
@@ -31,16 +31,10 @@ def read_site() -> Site:
 
 def page(site: Site, *, width: int = WIDTH) -> str:
     """The cluster in a few lines, then every finding, with what to set, in at most `width` columns."""
-    lines = [f"Slurm {site.word('SLURM_VERSION') or '?'}, cluster {site.word('ClusterName') or '?'}"]
+    head = [f"Slurm {site.word('SLURM_VERSION') or '?'}, cluster {site.word('ClusterName') or '?'}"]
     for partition in site.partitions:
-        lines += textwrap.wrap(_nodes(partition), width, initial_indent="  ", subsequent_indent="      ")
-    lines.append("")
-    for finding in findings(site):
-        lines += textwrap.wrap(f"{finding.level:4}  {finding.topic}: {finding.meaning}", width,
-                               subsequent_indent=" " * 6)
-        if finding.advice:
-            lines += textwrap.wrap(f"set  {finding.advice}", width, initial_indent=" " * 6, subsequent_indent=" " * 11)
-    return "\n".join(lines)
+        head += textwrap.wrap(_nodes(partition), width, initial_indent="  ", subsequent_indent="      ")
+    return "\n".join([*head, "", *lines(findings(site), verb="set", width=width)])
 
 
 def _nodes(partition: Partition) -> str:

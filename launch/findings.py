@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_UNAVAILABLE, EXIT_USER
+from alexnet_ddp.findings import Finding, note, ok, warn
 from launch import slurm
 from launch.slurm import Partition
 
@@ -16,19 +16,6 @@ SHORT = 30.0  # seconds in which a large net may not get through a step and a sa
 SLOW = 60.0  # seconds of a requeue delay worth a word
 CODES = {EXIT_FAILED, EXIT_USER, EXIT_UNAVAILABLE, EXIT_STOPPED, EXIT_INTERRUPTED}  # that a run may end with
 PERIODIC = "checkpoint.minutes=5, which is then about what a preemption costs at most"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a setting means for a run, and what to set because of it ("" for nothing)."""
-
-    level: Literal["ok", "note", "warn"]
-    topic: str
-    meaning: str
-    advice: str = ""
-
-
-ok, note, warn = partial(Finding, "ok"), partial(Finding, "note"), partial(Finding, "warn")
 
 
 @dataclass(frozen=True)

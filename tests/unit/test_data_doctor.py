@@ -19,7 +19,8 @@ from alexnet_ddp.data.index import open_index
 from alexnet_ddp.data.packs.pack import pack
 from alexnet_ddp.data.records import StoredRecords
 from alexnet_ddp.data.tools import doctor, speeds
-from alexnet_ddp.data.tools.verdict import Facts, Finding, Room, Speed, findings
+from alexnet_ddp.data.tools.verdict import Facts, Room, Speed, findings
+from alexnet_ddp.findings import WIDTH, Finding
 
 
 def speed(rate: float) -> Speed:
@@ -95,10 +96,41 @@ def test_more_gpus_than_input_feeds() -> None:
 
 
 @pytest.mark.parametrize(("source", "words"), [("measured", "measured on this machine"), ("given", "not measured"),
-                                               ("assumed", "an assumption, not measured")])
+                                               ("assumed", "is an assumption: what AlexNet's step would take")])
 def test_demand_says_where_it_is_from(source: str, words: str) -> None:
     """The GPU's rate is never told without saying whether it was measured, given or assumed."""
     assert words in told(replace(FACTS, gpu_rate_from=source))["feeds"].meaning
+
+
+def test_no_gpu_no_verdict() -> None:
+    """Without a GPU that is said first, nothing is said of how many are fed, and advice is given whatever input gives;
+    with a rate that was given there is a verdict on GPUs of that rate."""
+    for supply in (15_000, 900_000):
+        none = replace(FACTS, gpus=0, gpu_rate_from="assumed", cold=speed(1e6), all_threads=speed(supply),
+                       packed=speed(2 * supply))
+        found = findings(none)
+        verdict = [finding for finding in found if finding.topic in ("GPU", "feeds", "the slower part", "what binds")]
+        assert [finding.topic for finding in verdict] == ["GPU", "feeds", "the slower part"]
+        assert verdict[0].meaning.startswith("none was found here")
+        assert {finding.level for finding in verdict} == {"note"} and "isn't known" in verdict[1].meaning
+        assert "feed one GPU" not in " ".join(finding.meaning for finding in found)
+        assert len(advice(none)) == 1
+        assert json.loads(doctor.told(none, found))["feeds"] is None
+        assert doctor.page(none).splitlines()[0].endswith("16 cores, no GPU")
+    given = told(replace(none, gpu_rate_from="given", gpu_rate=1e6))
+    assert "GPU" in given and "enough for 0.9 GPUs" in given["feeds"].meaning and given["feeds"].level == "warn"
+
+
+def test_another_stage_is_another_experiment() -> None:
+    """Advice that changes what is stored says that no run goes on from one to the other; a cache of it as it is
+    doesn't."""
+    said = "one that was begun with data.stored=original can't switch"
+    for change in ({}, {"gpu_memory": 300 * GB}, {"ram": Room(400 * GB, "/dev/shm")}, {"disk": Room(400 * GB, "/nvme")},
+                   {"cold": speed(2_000), "disk": Room(200 * GB, "/scratch")}):
+        for finding in findings(replace(FACTS, **change)):
+            if finding.topic.endswith("try"):
+                stays = "data.stored=original" in finding.advice or "data.stored" not in finding.advice
+                assert (said in finding.meaning) != stays, finding
 
 
 def test_doubts_are_told() -> None:
@@ -143,7 +175,7 @@ def test_command(pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     facts = doctor.measure(str(pictures), config_path=str(recipe), seconds=0.1, gpu_rate=1e9)
     page = doctor.page(facts)
     assert "60 images" in page and "1. try" in page
-    assert all(len(line) <= doctor.WIDTH for line in page.splitlines() if str(pictures) not in line)
+    assert all(len(line) <= WIDTH for line in page.splitlines() if str(pictures) not in line)
     assert cli(["data", "doctor", str(pictures), "--seconds", "0.05", "--gpu-rate", "7", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["facts"]["gpu_rate"] == 7 and answer["facts"]["gpu_rate_from"] == "given"

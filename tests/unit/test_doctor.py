@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
+from alexnet_ddp.findings import Finding
 from launch import doctor, slurm
-from launch.findings import Finding, Qos, Site, findings, parse_qos
+from launch.findings import Qos, Site, findings, parse_qos
 
 RECORDED = Path(__file__).parent / "recorded" / "slurm_22_05"
 CONFIG = slurm.parse_config((RECORDED / "config.txt").read_text())

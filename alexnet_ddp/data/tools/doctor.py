@@ -10,16 +10,16 @@ import argparse
 import json
 import os
 import statistics
-import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from alexnet_ddp.data.tools.verdict import ASSUMED_GPU_RATE, Facts, Finding, Room, findings, gigabytes
+from alexnet_ddp.amounts import counted, human_bytes
+from alexnet_ddp.data.tools.verdict import ASSUMED_GPU_RATE, Facts, Room, findings
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
+from alexnet_ddp.findings import WIDTH, Finding, lines
 from alexnet_ddp.words import Parser
 
-WIDTH = 100  # columns
 SAMPLED = 20_000  # most records that are read
 DECODED = 512  # most records that are decoded again and again
 SHORT, RAW_SIDES = 256, (256, 160)  # pixels of the stages that are weighed
@@ -116,20 +116,16 @@ def _gpus(config: object, *, asked: float | None, seconds: float
 
 def page(facts: Facts, *, width: int = WIDTH) -> str:
     """The data set in a line, then every finding, with what to set, in at most `width` columns."""
-    lines = [f"{facts.where} ({facts.kind}, {facts.stage}): {facts.samples:,} images, "
-             f"{gigabytes(facts.sizes[facts.stage])}; {facts.cores} cores, {facts.gpus} GPUs", ""]
-    for finding in findings(facts):
-        lines += textwrap.wrap(f"{finding.level:4}  {finding.topic}: {finding.meaning}", width,
-                               subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False)
-        if finding.advice:
-            lines += textwrap.wrap(f"do   {finding.advice}", width, initial_indent=" " * 6,
-                                   subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines)
+    gpus = counted(facts.gpus, "GPU") if facts.gpus else "no GPU"
+    head = (f"{facts.where} ({facts.kind}, {facts.stage}): {counted(facts.samples, 'image')}, "
+            f"{human_bytes(facts.sizes[facts.stage])}; {counted(facts.cores, 'core')}, {gpus}")
+    return "\n".join([head, "", *lines(findings(facts), verb="do", width=width)])
 
 
 def told(facts: Facts, found: list[Finding]) -> str:
     """The same for programs."""
-    return json.dumps({"facts": asdict(facts), "supply": facts.supply, "feeds": facts.supply / facts.gpu_rate,
+    return json.dumps({"facts": asdict(facts), "supply": facts.supply,
+                       "feeds": facts.supply / facts.gpu_rate if facts.knows_demand else None,
                        "findings": [asdict(finding) for finding in found]}, indent=1)
 
 
@@ -154,7 +150,7 @@ def main(words: list[str]) -> int:
                         "recipe's, else all cores)")
     parser.add_argument("--seconds", type=_positive, default=5.0, help="of each measurement (default: 5)")
     parser.add_argument("--gpu-rate", type=_positive, metavar="IMG_PER_S", help="what one GPU takes; default: measured "
-                        f"where there is a GPU, else {ASSUMED_GPU_RATE:,.0f} is assumed")
+                        f"where there is a GPU, else {ASSUMED_GPU_RATE:,.0f} is told as an assumption")
     parser.add_argument("--json", action="store_true", help="facts and findings as JSON")
     options = parser.parse_args(words)
     facts = measure(options.where, config_path=options.config, seconds=options.seconds, gpu_rate=options.gpu_rate,

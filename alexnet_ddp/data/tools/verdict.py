@@ -6,10 +6,17 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
-ASSUMED_GPU_RATE = 60_000.0  # img/s that AlexNet's training step may take on one modern GPU; not measured by us
+from alexnet_ddp.amounts import human_bytes
+from alexnet_ddp.findings import Finding, note, ok, warn
+
+# Images/s that AlexNet's training step may take on one large GPU: an assumption, measured by nobody here. A step is 6.8
+# GFLOP an image (alexnet_single at 224: 1.14 G multiply-adds forward, and twice that backward), so that it stands for
+# 41 % of the 989 TFLOP/s that NVIDIA's data sheet gives an H100 or H200 in dense bf16.
+ASSUMED_GPU_RATE = 60_000.0
+ASSUMED_FROM = ("an assumption: what AlexNet's step would take at 41 % of the bf16 peak in an H100's data sheet; "
+                "--gpu-rate says otherwise")
 UNSTEADY = 0.25  # share of its median by which a speed's pieces may lie apart before it is worth a word
 SCALES = 0.7  # of cores times one core's rate: below, something else limits or takes the cores
 
@@ -93,18 +100,10 @@ class Facts:
         """Images a second that the GPUs here take; one GPU's where there is none."""
         return self.gpu_rate * max(1, self.gpus)
 
-
-@dataclass(frozen=True)
-class Finding:
-    """What a fact means, and what to do because of it ("" for nothing)."""
-
-    level: Literal["ok", "note", "warn"]
-    topic: str
-    meaning: str
-    advice: str = ""
-
-
-ok, note, warn = partial(Finding, "ok"), partial(Finding, "note"), partial(Finding, "warn")
+    @property
+    def knows_demand(self) -> bool:
+        """Whether the GPUs' rate was measured here or given: of what is merely assumed there is no verdict."""
+        return self.gpu_rate_from != "assumed"
 
 
 def findings(facts: Facts) -> list[Finding]:
@@ -122,8 +121,8 @@ def _storage(facts: Facts) -> Iterator[Finding]:
                    "from memory (tmpfs, a file system with a cache of its own, or files that others read or have just "
                    "written), so that nothing is known of a first pass.")
     else:
-        told = (f"first reads {facts.cold}, {_megabytes(facts.cold.median * size)} by {facts.threads} threads, records "
-                f"of {size / 1000:,.1f} kB at random; from memory {facts.warm}.")
+        told = (f"first reads {facts.cold}, {human_bytes(facts.cold.median * size)}/s by {facts.threads} threads, "
+                f"records of {human_bytes(size)} at random; from memory {facts.warm}.")
         if facts.still_cached is not None and facts.still_cached > 0.05:
             yield note("storage", f"{told} {facts.still_cached:.0%} of the records were still in memory: the first "
                        "rate is too high.", "on a quiet machine, or on files that no other process reads")
@@ -153,9 +152,9 @@ def _decode(facts: Facts) -> Iterator[Finding]:
 
 def _caches(facts: Facts) -> Iterator[Finding]:
     for kind, room in _rooms(facts):
-        fits = [f"{stage} ({gigabytes(size)})" for stage, size in facts.sizes.items() if size <= room.free]
-        lacks = [f"{stage} ({gigabytes(size)})" for stage, size in facts.sizes.items() if size > room.free]
-        told = f"{gigabytes(room.free)} free in {room.place}: " + (f"{', '.join(fits)} would fit" if fits else
+        fits = [f"{stage} ({human_bytes(size)})" for stage, size in facts.sizes.items() if size <= room.free]
+        lacks = [f"{stage} ({human_bytes(size)})" for stage, size in facts.sizes.items() if size > room.free]
+        told = f"{human_bytes(room.free)} free in {room.place}: " + (f"{', '.join(fits)} would fit" if fits else
                                                                    "nothing of this set would fit")
         if lacks:
             told += f"{'; ' + ', '.join(lacks) + ' would not' if fits else ' (' + ', '.join(lacks) + ')'}"
@@ -181,35 +180,48 @@ def fits(facts: Facts, kind: str, stage: str) -> bool:
 
 
 def _feeds(facts: Facts) -> Iterator[Finding]:
-    source = {"measured": "measured on this machine's GPU", "given": "as given by --gpu-rate, not measured",
-              "assumed": "an assumption, not measured: --gpu-rate says otherwise"}[facts.gpu_rate_from]
-    demand = f"one GPU takes {facts.gpu_rate:,.0f} images/s ({source})"
-    feeds = facts.supply / facts.gpu_rate
-    told = f"{facts.supply:,.0f} images/s are enough for {feeds:.2g} GPU{'' if feeds == 1 else 's'}; {demand}."
+    if not facts.gpus:
+        yield note("GPU", "none was found here, so that nothing about one was measured.",
+                   "this command again on the machine that has them" if facts.knows_demand else
+                   "this command again on the machine that has them, or --gpu-rate with what one of them takes")
+    if not facts.knows_demand:
+        yield note("feeds", f"input gives {facts.supply:,.0f} images/s. How many GPUs that feeds isn't known; for "
+                   f"scale: {facts.gpu_rate:,.0f} images/s for one is {ASSUMED_FROM}.")
+        yield note("the slower part", _binding(facts))
+        return
+    source = "measured on this machine's GPU" if facts.gpu_rate_from == "measured" else \
+        "as given by --gpu-rate, not measured"
+    feeds = f"{facts.supply / facts.gpu_rate:.2g}"
+    told = (f"{facts.supply:,.0f} images/s are enough for {feeds} GPU{'' if feeds == '1' else 's'}; one GPU takes "
+            f"{facts.gpu_rate:,.0f} images/s ({source}).")
     if facts.supply >= facts.wanted:
         yield ok("feeds", told + " Input isn't what limits here.")
         return
     yield warn("feeds", told)
+    yield warn("what binds", _binding(facts))
+
+
+def _binding(facts: Facts) -> str:
+    """What holds input itself up: measured, whatever takes it."""
     if facts.storage_binds:
-        yield warn("what binds", f"storage: first reads give {facts.cold}, the loader could take "
-                   f"{facts.all_threads.median:,.0f}.")
-    elif facts.stage.startswith("raw"):
-        yield warn("what binds", "copying records on the host.")
-    else:
-        yield warn("what binds", f"decoding: {math.ceil(facts.gpu_rate / facts.a_core):,} cores like these would "
-                   "feed one GPU.")
+        return f"storage: first reads give {facts.cold}, the loader could take {facts.all_threads.median:,.0f}."
+    if facts.stage.startswith("raw"):
+        return "copying records on the host."
+    cores = math.ceil(facts.gpu_rate / facts.a_core)
+    return f"decoding: {cores:,} cores like these would feed one GPU." if facts.knows_demand else "decoding."
 
 
 def _advice(facts: Facts) -> Iterator[Finding]:
-    """In the order to try; nothing where input isn't the wall."""
-    if facts.supply >= facts.wanted:
+    """In the order to try; nothing where input is known not to be the wall."""
+    if facts.knows_demand and facts.supply >= facts.wanted:
         return
     where, number = shlex.quote(facts.where), 0
 
-    def step(meaning: str, advice: str) -> Finding:
+    def step(meaning: str, advice: str, *, stage: str = facts.stage) -> Finding:
         nonlocal number
         number += 1
-        return note(f"{number}. try", meaning, advice)
+        other = f" {_another(facts.stage)}" if stage != facts.stage else ""
+        return note(f"{number}. try", meaning + other, advice)
 
     def packing(stage: str) -> str:
         return f"alexnet-ddp data pack {where} PACK --stage {stage}; then data.train=PACK data.stored={stage}"
@@ -219,25 +231,26 @@ def _advice(facts: Facts) -> Iterator[Finding]:
     gpu = next((stage for stage in reach if fits(facts, "gpu", stage)), "")
     if gpu:
         yield step(f"{_what(gpu)} fits in the GPUs' memory: after the first epoch the host has nothing left to do.",
-                   f"data.stored={gpu} data.cache=gpu {owner}")
+                   f"data.stored={gpu} data.cache=gpu {owner}", stage=gpu)
     ram = next((stage for stage in reach if fits(facts, "ram", stage)), "")
     if ram:
         yield step(f"{_what(ram)} fits in memory: after the first epoch no image is decoded or read from storage.",
-                   f"data.stored={ram} data.cache=ram {owner}")
+                   f"data.stored={ram} data.cache=ram {owner}", stage=ram)
     elif facts.stage == "original" and (raw := next((stage for stage in reach if fits(facts, "disk", stage)), "")):
         yield step(f"{_what(raw)} fits on {facts.disk.place if facts.disk else 'the disk'}: packed once, no image "
-                   f"is decoded again; a record costs {facts.sizes[raw] / facts.samples / 1000:,.0f} kB of reading.",
-                   packing(raw))
+                   f"is decoded again; a record costs {human_bytes(facts.sizes[raw] / facts.samples)} of reading.",
+                   packing(raw), stage=raw)
     if facts.stage == "original" and not facts.storage_binds and facts.packed is not None:
         gain = facts.packed.median / facts.all_threads.median
         if gain > 1.2:
             yield step(f"smaller JPEGs decode {gain:.1f} times as fast (a converted sample: {facts.packed}), and take "
-                       f"{gigabytes(facts.sizes['short256'])} instead of {gigabytes(facts.sizes['original'])}.",
-                       packing("short256"))
+                       f"{human_bytes(facts.sizes['short256'])} instead of {human_bytes(facts.sizes['original'])}.",
+                       packing("short256"), stage="short256")
     if not reach and (raw := next((stage for stage in facts.raw_stages for kind in ("gpu", "ram", "disk")
                                    if fits(facts, kind, stage)), "")):
         yield step(f"{_what(raw)} would fit here and needs no decoding at all; it is made of the originals.",
-                   f"alexnet-ddp data pack ORIGINALS PACK --stage {raw}; then data.train=PACK data.stored={raw}")
+                   f"alexnet-ddp data pack ORIGINALS PACK --stage {raw}; then data.train=PACK data.stored={raw}",
+                   stage=raw)
     if facts.storage_binds:
         kind = next((kind for kind in ("ram", "disk") if fits(facts, kind, facts.stage)), "")
         if kind:
@@ -245,7 +258,7 @@ def _advice(facts: Facts) -> Iterator[Finding]:
                        "once, in the first epoch.", f"data.cache={kind} {owner}")
         elif facts.stage == "original" and "short256" in facts.sizes:
             yield step("fewer bytes an image make storage quicker by as much.",
-                       packing("short256"))
+                       packing("short256"), stage="short256")
         if facts.kind == "folder":
             yield step("a file each costs an open, which network file systems answer slowly: of a pack, few files are "
                        "read at many places.", packing("original"))
@@ -254,19 +267,16 @@ def _advice(facts: Facts) -> Iterator[Finding]:
         yield step(f"{need} of the {facts.gpus} GPUs would train as fast as all of them, with input as it is.",
                    f"--nproc-per-node {need} (the run goes on with any number of ranks)")
     if facts.gpus <= 1 and not number:
-        yield step("more cores a GPU: decoding scales with them.", "--cpus-per-task N under Slurm")
+        yield step("more cores: decoding scales with them.", "--cpus-per-task N under Slurm")
+
+
+def _another(stage: str) -> str:
+    """Said with every advice that changes what is stored."""
+    return (f"Another stored stage is another experiment: start a new run, one that was begun with "
+            f"data.stored={stage} can't switch.")
 
 
 def _what(raw: str) -> str:
-    """A raw stage is another experiment than the originals: said with its name."""
+    """A raw stage and what the net sees of an image with it."""
     side = raw.removeprefix("raw")
     return f"{raw} (the central {side} x {side} pixels of short side {side}, crops are taken from these)"
-
-
-def gigabytes(count: float) -> str:
-    """In 1e9 bytes, or megabytes where that is little."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
-
-
-def _megabytes(rate: float) -> str:
-    return f"{rate / 1e6:,.0f} MB/s"
