@@ -17,6 +17,13 @@ def pixels(width: int, height: int) -> Image.Image:
                            .astype(np.uint8))
 
 
+def jpeg(width: int, height: int) -> bytes:
+    """The same as a JPEG file."""
+    file = io.BytesIO()
+    pixels(width, height).save(file, "JPEG")
+    return file.getvalue()
+
+
 def turned(number: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = number

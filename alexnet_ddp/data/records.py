@@ -55,7 +55,8 @@ class StoredRecords:
         self._converts = index.stage != stage
         if self._converts and index.stage != "original":
             raise UserError(f"{index.source}: holds {index.stage}, the run wants data.stored={stage}. Use data.stored="
-                            f"{index.stage}, or pack the originals as {stage}.")
+                            f"{index.stage} in a new run (name=...): a run begun with {stage} can't switch to it. Or "
+                            f"give this run the originals, or a pack of them made with --stage {stage}.")
 
     def read(self, sample: int) -> bytes:
         data = self._index.read(sample)

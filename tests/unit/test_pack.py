@@ -23,14 +23,12 @@ from alexnet_ddp.data.packs import pack_format as form
 from alexnet_ddp.data.packs import parallel
 from alexnet_ddp.data.packs.pack import DamagedSource, pack
 from alexnet_ddp.data.packs.parallel import AHEAD, in_order
+from alexnet_ddp.data.records import StoredRecords
 from alexnet_ddp.data.tools import commands
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_USER, Unreadable, UserError
+from stores import make_tar
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexes are kept where the test ends with them."""
-    monkeypatch.setenv("ALEXNET_DDP_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -54,8 +52,9 @@ def test_a_pack_is_its_source(tmp_path: Path, stage: str) -> None:
     source = packs.every_kind(tmp_path / "source")
     made = pack(str(source), destination=tmp_path / "pack", stage=stage, samples_per_shard=4)
     assert (made.samples, made.classes, made.shards) == (10, 2, 3)
+    enlarged = {"enlarged": 10} if stage == "short32" else {}  # all are 40 x 30 or less; raw16 is no larger
     assert made.found == {"grey": 2, "CMYK": 1, "palette": 1, "transparent": 1, "16-bit": 1, "turned by EXIF": 1,
-                          "PNG": 5}
+                          "PNG": 5, **enlarged}
     with open_index(str(source)) as before, open_index(str(tmp_path / "pack")) as after:
         assert (after.stage, after.identity, after.classes) == (stage, before.identity, before.classes)
         assert np.array_equal(after.labels, before.labels)
@@ -98,8 +97,11 @@ def test_pack_json(tmp_path: Path, source: Path) -> None:
         identity = index.identity
     shards = told.pop("shards")
     assert told.pop("source_bytes") == sum(path.stat().st_size for path in source.rglob("*.jpg"))
+    small = sum(min(Image.open(path).size) < 32 for path in source.rglob("*.jpg"))
+    assert 0 < small < 23
     assert told == {"schema": 1, "stage": "short32", "identity": identity, "source_identity": identity, "samples": 23,
-                    "classes": 3, "made_with": VERSIONS, "samples_per_shard": 10, "found": {}, "damaged": []}
+                    "classes": 3, "made_with": VERSIONS, "samples_per_shard": 10, "found": {"enlarged": small},
+                    "damaged": []}
     for shard, samples in zip(shards, (10, 10, 3), strict=True):
         data = (tmp_path / "pack" / shard["name"]).read_bytes()
         assert shard == {"name": shard["name"], "samples": samples, "bytes": len(data),
@@ -142,16 +144,18 @@ def test_of_an_original_pack(tmp_path: Path, source: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
+def test_another_stage_than_the_runs(tmp_path: Path, source: Path) -> None:
+    """A run of one stage is refused a pack of another, with what that would take: a new run."""
+    pack(str(source), destination=tmp_path / "pack", stage="raw16")
+    with open_index(str(tmp_path / "pack")) as index, pytest.raises(UserError, match="holds raw16") as error:
+        StoredRecords(index, "original")
+    assert "data.stored=raw16 in a new run" in str(error.value) and "can't switch" in str(error.value)
+
+
 def test_numbered_classes_keep_their_order(tmp_path: Path) -> None:
     """Classes known by number are sorted as numbers (9 before 10), in the pack as in its source."""
-    image = io.BytesIO()
-    packs.pixels(20, 20).save(image, "JPEG")
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for number in range(12):
-            for suffix, data in ((".jpg", image.getvalue()), (".cls", str(number).encode())):
-                member = tarfile.TarInfo(f"{number:04d}{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    make_tar(tmp_path / "shard.tar", {name: data for number in range(12) for name, data in (
+        (f"{number:04d}.jpg", packs.jpeg(20, 20)), (f"{number:04d}.cls", str(number).encode()))})
     pack(str(tmp_path / "shard.tar"), destination=tmp_path / "pack", stage="short32", samples_per_shard=5)
     with open_index(str(tmp_path / "shard.tar")) as before, open_index(str(tmp_path / "pack")) as after:
         assert after.classes == before.classes == [str(number) for number in range(12)]
@@ -160,14 +164,9 @@ def test_numbered_classes_keep_their_order(tmp_path: Path) -> None:
 
 def test_names_that_are_no_directories(tmp_path: Path) -> None:
     """A class name that can't be a directory of a tar is refused by name."""
-    image = io.BytesIO()
-    packs.pixels(20, 20).save(image, "JPEG")
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for key, name in (("a", "cat"), ("b", "black/white")):
-            for suffix, data in ((".jpg", image.getvalue()), (".json", json.dumps({"class_name": name}).encode())):
-                member = tarfile.TarInfo(key + suffix)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    make_tar(tmp_path / "shard.tar", {
+        "a.jpg": packs.jpeg(20, 20), "a.json": b'{"class_name": "cat"}',
+        "b.jpg": packs.jpeg(20, 20), "b.json": b'{"class_name": "black/white"}'})
     assert "'black/white'" in refused("become directories", source=tmp_path / "shard.tar", to=tmp_path / "pack")
 
 
@@ -176,13 +175,22 @@ def test_long_names(tmp_path: Path) -> None:
     for name in (b"x" * 180 + b".jpg", b"caf\xe9.jpg"):
         path = tmp_path / "source" / "class"
         path.mkdir(parents=True, exist_ok=True)
-        file = io.BytesIO()
-        packs.pixels(20, 20).save(file, "JPEG")
         with open(bytes(path) + b"/" + name, "wb") as out:
-            out.write(file.getvalue())
+            out.write(packs.jpeg(20, 20))
     pack(str(tmp_path / "source"), destination=tmp_path / "pack", stage="original")
     with open_index(str(tmp_path / "source")) as before, open_index(str(tmp_path / "pack")) as after:
         assert after.identity == before.identity
+
+
+def test_enlarged_images_are_told(tmp_path: Path) -> None:
+    """How many images were smaller than the stage is told, also of a pack that went on; maxN enlarges none."""
+    for number, side in enumerate((20, 40, 48, 64)):
+        packs.save(tmp_path / "source" / "a" / f"{number}.jpg", packs.pixels(side, 64))
+    for stage, enlarged in (("short48", 2), ("raw48", 2), ("max48", 0), ("short16", 0)):
+        for _ in range(2):  # the second finds it finished
+            made = pack(str(tmp_path / "source"), destination=tmp_path / stage, stage=stage, samples_per_shard=3)
+            told = [line for line in made.summary().splitlines() if line.startswith("enlarged")]
+            assert [line.split()[1:5] for line in told] == ([["2", "of", "4", "images:"]] if enlarged else [])
 
 
 # --- going on ---------------------------------------------------------------------------------------------------
@@ -232,6 +240,7 @@ def test_a_finished_pack_is_not_made_again(tmp_path: Path, source: Path) -> None
     assert again.made == 0 and "23 images of the source were done before" in again.summary()
     assert packs.content(to) == before
     refused("holds a finished pack already, with another --stage", source=source, to=to, stage="raw16")
+    assert packs.content(to) == before  # no lock's file either
     other = harness.make_images(tmp_path / "other", samples=24)
     refused("holds a finished pack already, with another source", source=other, to=to, stage="short32")
     (to / "000000.tar").write_bytes(b"")
@@ -270,6 +279,7 @@ def test_interrupted_by_hand(tmp_path: Path, source: Path, monkeypatch: pytest.M
     assert cli.main(words) == EXIT_FINISHED
     out = capsys.readouterr().out
     assert f"data.train={tmp_path / 'pack'} data.stored=short32" in out
+    assert "begun with another stage can't switch" in out
     assert "23 images of 3 classes" in out
 
 
@@ -346,7 +356,7 @@ def test_extreme_shapes(tmp_path: Path) -> None:
     source = tmp_path / "source"
     packs.save(source / "a" / "line.png", Image.new("RGB", (1350, 5)), "PNG")
     packs.save(source / "a" / "plain.png", Image.new("RGB", (40, 30)), "PNG")
-    refused("1 of 2 images are damaged", source=source, to=tmp_path / "pack", stage="short250")
+    refused("1 of 2 images is damaged", source=source, to=tmp_path / "pack", stage="short250")
 
 
 def test_an_unreadable_file(tmp_path: Path, source: Path) -> None:
@@ -429,8 +439,11 @@ def test_space_is_checked_first(tmp_path: Path, source: Path, monkeypatch: pytes
     if fits:
         assert pack(str(source), destination=tmp_path / "pack", stage=stage).samples == 23
     else:
+        (tmp_path / "pack").mkdir()  # the user's own: it stays, empty
         refused("Free some, give a folder on another disk", source=source, to=tmp_path / "pack", stage=stage)
-        assert not (tmp_path / "pack").exists()
+        assert packs.content(tmp_path / "pack") == {}
+        refused("Free some, give a folder", source=source, to=tmp_path / "deep" / "below" / "pack", stage=stage)
+        assert not (tmp_path / "deep").exists()
 
 
 # --- the machinery ----------------------------------------------------------------------------------------------

@@ -19,13 +19,9 @@ from alexnet_ddp.data.tools import show
 from alexnet_ddp.data.training import open_data, training_works
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 DRAWN = {"augment__rotation": 10.0, "augment__color_jitter": [0.4, 0.4, 0.4, 0.1], "augment__pca_lighting": 0.1}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexes are kept where the test ends with them."""
-    monkeypatch.setenv("ALEXNET_DDP_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -137,6 +133,14 @@ def test_the_sheet(tmp_path: Path, source: Path, words: list[str], squares: int,
             covered = (np.asarray(sheet) != show.PAPER).any(-1).sum() / side**2
         assert squares <= covered < squares * (2 if "--stages" in words else 1.3)  # beside them: captions, the stored
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_the_number_of_classes_may_be_wrong(tmp_path: Path, source: Path) -> None:
+    """A recipe made for another number of classes shows its data, and so do data of one class."""
+    recipe = harness.tiny_recipe(tmp_path, train=source, model__num_classes=1000)
+    assert [one.sample for one in shown(recipe, epoch=0, count=3)]
+    for what in (recipe, harness.make_images(tmp_path / "single", samples=4, classes=1)):
+        assert cli.main(["data", "show", str(what), "--out", str(tmp_path / "sheet.png")]) == EXIT_FINISHED
 
 
 def test_mistakes(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,7 @@ from alexnet_ddp.data.packs.pack import pack
 from alexnet_ddp.data.tools.stats import BAND, Sums, principal, stats, sums_of
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexes are kept where the test ends with them."""
-    monkeypatch.setenv("ALEXNET_DDP_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -52,6 +48,18 @@ def test_against_numpy(source: Path, limit: int | None) -> None:
     assert found.total_bytes == sum(sorted(source.rglob("*.jpg"))[sample].stat().st_size for sample in ids)
     assert (found.looked_at, found.samples, found.classes) == (len(ids), 19, 3)
     assert (found.per_class.least, found.per_class.most, found.largest) == (6, 7, "class0")
+
+
+def test_words(source: Path) -> None:
+    """Of a part it is said of what the figures are; classes of one size are told without favour."""
+    whole, part = stats(str(source)).summary(), stats(str(source), limit=5).summary()
+    assert "looked at 19, all of them" in whole and "bytes in all" not in part
+    assert "class1 and 1 other have the fewest, class0 has the most)\n" in whole
+    assert "looked at 5, taken evenly: what follows is of these" in part and "in those looked at" in part
+    assert "class0 has the most) (of all 19)\n" in part
+    for path in sorted(source.rglob("*.jpg"))[:1]:
+        path.unlink()
+    assert "3; 6 images in each\n" in stats(str(source)).summary()
 
 
 def test_threads_change_no_bit(source: Path) -> None:

@@ -13,11 +13,7 @@ from alexnet_ddp.data.packs.pack import pack
 from alexnet_ddp.data.packs.verify import verify
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexes are kept where the test ends with them."""
-    monkeypatch.setenv("ALEXNET_DDP_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -37,6 +33,14 @@ def test_a_sound_pack(tmp_path: Path, stage: str, decode: bool) -> None:
     assert report.is_well, report.summary()
     assert (report.samples, report.shards) == (10, 3)
     assert report.decoded == (10 if decode and stage != "raw16" else 0)
+    told = report.summary()
+    assert "sha256 of 3 shards compared" in told
+    if stage == "raw16":
+        assert "there is nothing to decode" in told and "--decode" not in told
+    elif decode:
+        assert "10 images in full" in told and "--decode" not in told and told.endswith("all is well")
+    else:
+        assert "--decode reads every image in full" in told and told.endswith("without decoding")
 
 
 def test_every_byte_counts(packed: Path) -> None:
@@ -110,6 +114,14 @@ def test_every_image_is_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "truncated" in told["problems"][0]["why"].lower() and told["problems"][1]["why"] == "no bytes"
     assert [one["why"].partition(" by")[0] for one in told["notes"]] == ["is a PNG"]
     assert told["found"] == {"grey": 2, "palette": 1, "transparent": 1, "16-bit": 1, "turned by EXIF": 1, "PNG": 5}
+
+
+def test_one_shard_is_one(tmp_path: Path) -> None:
+    """One shard and one sample are told as one."""
+    packs.save(tmp_path / "source" / "a" / "0.jpg", packs.pixels(20, 20))
+    pack(str(tmp_path / "source"), destination=tmp_path / "pack", stage="short16")
+    told = verify(str(tmp_path / "pack")).summary()
+    assert "sha256 of 1 shard compared" in told and ": 1 sample\n" in told
 
 
 def test_places_in_a_tar(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from alexnet_ddp.data.decoding.decode import DamagedImage
 
 TURNING = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 KINDS = ("grey", "CMYK", "palette", "transparent", "16-bit", "turned by EXIF", "PNG")  # in the order they are told
+ENLARGED = "enlarged"  # counted beside KINDS in a pack: smaller than its stage
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alexnet_ddp.amounts import counted, human_bytes
 from alexnet_ddp.data.decoding.decode import DamagedImage, open_upright
 from alexnet_ddp.data.decoding.stages import CHANNELS, VERSIONS, Stage, parse_stage, to_stage
 from alexnet_ddp.data.index import Index, open_index
 from alexnet_ddp.data.index.table import IN_A_FILE
 from alexnet_ddp.data.packs import pack_format as form
-from alexnet_ddp.data.packs.facts import KINDS, look, told
+from alexnet_ddp.data.packs.facts import ENLARGED, KINDS, look, told
 from alexnet_ddp.data.packs.pack_place import check_empty, check_place, claim, no_write
 from alexnet_ddp.data.packs.parallel import cores_here, in_order
 from alexnet_ddp.errors import Unreadable, UserError
@@ -61,19 +62,27 @@ class Packed:
         """What `data pack` prints."""
         rate = self.made / max(1e-9, self.seconds)
         kept = self.samples + len(self.damaged) - self.made
+        enlarged = self.found.get(ENLARGED, 0)
         lines = [
-            ("packed", f"{self.samples:,} images of {self.classes:,} classes as {self.stage}"),
+            ("packed", f"{counted(self.samples, 'image')} of {counted(self.classes, 'class', 'classes')} as "
+                       f"{self.stage}"),
             ("before", f"{self.source_bytes:,} bytes"),
-            ("after", f"{self.bytes:,} bytes in {self.shards:,} shard{'' if self.shards == 1 else 's'} "
+            ("after", f"{self.bytes:,} bytes in {counted(self.shards, 'shard')} "
                       f"({self.bytes / max(1, self.source_bytes):.2f} times the bytes before)"),
             ("found", told(self.found)),
+            *([("enlarged", f"{enlarged:,} of {counted(self.samples, 'image')}: smaller than {self.stage}; they take "
+                            "more bytes and show no more. A smaller stage enlarges fewer, maxN none")]
+              if enlarged else []),
             *([("speed", f"{rate:,.0f} images a second on {self.threads} threads ({self.seconds:,.1f} s)")]
               if self.made else []),
-            *([("kept", f"{kept:,} images of the source were done before")] if kept else []),
-            *([("skipped", f"{len(self.damaged):,} damaged images, listed in {self.folder / form.PACK}")]
+            *([("kept", f"{counted(kept, 'image')} of the source {'was' if kept == 1 else 'were'} done before")]
+              if kept else []),
+            *([("skipped", f"{counted(len(self.damaged), 'damaged image')}, listed in {self.folder / form.PACK}")]
               if self.damaged else []),
             ("lies in", str(self.folder.absolute())),
             ("use it", f"data.train={self.folder.absolute()} data.stored={self.stage}     (or data.val=...)"),
+            ("", f"in a new run, or in one begun with data.stored={self.stage}; a run begun with another stage can't "
+                 "switch"),
         ]
         return "\n".join(f"{name:<10}{value}" for name, value in lines)
 
@@ -233,11 +242,11 @@ class _Packer:
                               for number in todo])
         needed, exact = self._estimate(ids)
         free = shutil.disk_usage(self._folder).free
-        needs = f"{'' if exact else 'about '}{gigabytes(needed)}"
-        print(f"{len(ids):,} images as {self._stage}: {needs} will be written, {gigabytes(free)} are free there",
-              file=sys.stderr, flush=True)
+        needs = f"{'' if exact else 'about '}{human_bytes(needed)}"
+        print(f"{counted(len(ids), 'image')} as {self._stage}: {needs} will be written, {human_bytes(free)} are free "
+              "there", file=sys.stderr, flush=True)
         if needed * (1.0 if exact else 0.9) > free:  # the estimate's own error
-            raise UserError(f"{self._folder}: {gigabytes(free)} are free, {needs} will be needed. Free some, give a "
+            raise UserError(f"{self._folder}: {human_bytes(free)} are free, {needs} will be needed. Free some, give a "
                             f"folder on another disk, or choose a smaller --stage.")
 
     def _estimate(self, ids: NDArray[np.int64]) -> tuple[int, bool]:
@@ -313,6 +322,8 @@ class _Packer:
                 chunk.damaged.append({"sample": row, "name": self._index.name(row), "why": str(error)})
                 continue
             chunk.found.update(facts.kinds)
+            if self._stage.kind in ("short", "raw") and min(facts.width, facts.height) < self._stage.pixels:
+                chunk.found[ENLARGED] += 1
             chunk.pieces.append(form.member(form.member_name(table, row, self._stage), record, self._stage))
         return chunk
 
@@ -327,7 +338,7 @@ class _Packer:
         facts = {"schema": form.SCHEMA, "name": form.shard_name(whole.shard), "samples": samples, "bytes": size,
                  "sha256": sha256, "source_bytes": sum(whole.sizes),
                  "source_sizes": form.sizes_digest(np.array(whole.sizes, dtype=np.int64)),
-                 "found": {kind: whole.found[kind] for kind in KINDS if whole.found[kind]}, "damaged": whole.damaged}
+                 "found": _known(whole.found), "damaged": whole.damaged}
         form.write_json(self._folder / form.done_name(whole.shard), facts)
         return facts
 
@@ -355,7 +366,7 @@ class _Packer:
             "source_identity": self._index.identity, "samples": len(table) - len(damaged),
             "classes": len(table.classes), "made_with": VERSIONS, "samples_per_shard": self._per_shard,
             "source_bytes": sum(facts["source_bytes"] for facts in shards),
-            "found": {kind: found[kind] for kind in KINDS if found[kind]},
+            "found": _known(found),
             "shards": [{name: facts[name] for name in ("name", "samples", "bytes", "sha256")}
                        for facts in shards if facts["samples"]],
             "damaged": damaged,
@@ -368,7 +379,7 @@ class _Packer:
             named.append(f"  and {len(damaged) - LISTED} more: `alexnet-ddp data verify {self._index.source} --decode` "
                          f"names all")
         return DamagedSource("\n".join([
-            f"{len(damaged)} of {len(self._index):,} images are damaged:", *named,
+            f"{len(damaged)} of {len(self._index):,} images {'is' if len(damaged) == 1 else 'are'} damaged:", *named,
             "All others are packed, and what was finished is kept. Replace these files under their names and run the "
             "same again,", "or add --skip-damaged: the pack then leaves them out and lists them in pack.json. Its ids "
             "and identity are then other",
@@ -382,6 +393,11 @@ class _Packer:
             damaged=content["damaged"], threads=self._threads, made=made, seconds=seconds)
 
 
+def _known(found: Counter[str]) -> dict[str, int]:
+    """What was counted, in one order."""
+    return {kind: found[kind] for kind in (*KINDS, ENLARGED) if found[kind]}
+
+
 def _words(names: list[str]) -> str:
     """The names of a job's facts, as a user knows them."""
     known = {"source_identity": "source", "source_samples": "number of samples", "samples_per_shard":
@@ -393,8 +409,3 @@ def _words(names: list[str]) -> str:
 def _blocks(record: int) -> int:
     """Bytes of a member of so many bytes in a tar: its header and whole blocks."""
     return 512 + -(-record // 512) * 512
-
-
-def gigabytes(count: float) -> str:
-    """A number of bytes for people."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -31,18 +31,19 @@ def check_place(folder: Path, locator: str) -> None:
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, under its lock; a refusal leaves nothing behind where nothing was begun."""
-    is_new = not folder.exists()
+    """The folder, made if need be with those above it, under its lock; a refusal leaves nothing of ours behind where
+    nothing is under way: neither in a new folder nor in a finished pack."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with form.lock(folder):
         try:
             yield
         except BaseException:
-            if not any((folder / name).exists() for name in (form.PACK, form.JOB)):
+            if not (folder / form.JOB).exists():
                 (folder / form.LOCK).unlink(missing_ok=True)
-                if is_new:
-                    with suppress(OSError):
-                        folder.rmdir()
+                with suppress(OSError):  # not empty
+                    for path in new:
+                        path.rmdir()
             raise
 
 

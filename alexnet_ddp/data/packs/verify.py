@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from alexnet_ddp.amounts import counted
 from alexnet_ddp.data.decoding.decode import DamagedImage, open_upright
 from alexnet_ddp.data.decoding.stages import CHANNELS
 from alexnet_ddp.data.index import Index, open_index
@@ -38,9 +39,10 @@ class Report:
     """What was looked at, what is wrong and what is merely worth knowing."""
 
     source: str
+    stage: str = "original"  # what is stored there
     samples: int = 0
     shards: int = 0  # whose sha256 was compared
-    decoded: int = 0
+    decoded: int = 0  # images
     found: dict[str, int] = field(default_factory=dict)  # kinds of images, of those decoded
     problems: list[Finding] = field(default_factory=list)
     notes: list[Finding] = field(default_factory=list)
@@ -55,19 +57,35 @@ class Report:
 
     def summary(self) -> str:
         """What `data verify` prints."""
-        lines = [f"{'source':<10}{self.source}: {self.samples:,} samples"]
+        lines = [f"{'source':<10}{self.source}: {counted(self.samples, 'sample')}"]
         if self.shards:
-            lines.append(f"{'sums':<10}sha256 of {self.shards:,} shards compared")
-        if self.decoded:
-            lines.append(f"{'decoded':<10}{self.decoded:,} images in full: {told(self.found)} among them")
+            lines.append(f"{'sums':<10}sha256 of {counted(self.shards, 'shard')} compared")
+        lines.append(f"{'decoded':<10}{self._decoded}")
         for name, findings in (("note", self.notes), ("damaged", self.problems)):
             for one in findings[:LISTED]:
                 sample = "" if one.sample is None else f" (sample {one.sample})"
                 lines.append(f"{name:<10}{one.where}{sample}: {one.why}")
             if len(findings) > LISTED:
                 lines.append(f"{name:<10}and {len(findings) - LISTED:,} more; --json has all")
-        lines.append(f"{'verdict':<10}" + ("all is well" if self.is_well else f"{len(self.problems):,} damaged"))
+        unseen = "" if self.decoded or self.is_raw else ", as far as one can tell without decoding"
+        lines.append(f"{'verdict':<10}" + (f"all is well{unseen}" if self.is_well else
+                                           f"{len(self.problems):,} damaged"))
         return "\n".join(lines)
+
+    @property
+    def is_raw(self) -> bool:
+        return self.stage.startswith("raw")
+
+    @property
+    def _decoded(self) -> str:
+        """What is known of the images' contents, and how to know more."""
+        if self.is_raw:
+            return f"nothing: {self.stage} is bare pixels, so that there is nothing to decode, and the sums tell all"
+        if self.decoded:
+            return f"{counted(self.decoded, 'image')} in full: {told(self.found)} among them"
+        known = "the sums tell whether the pack's bytes are those that were written" if self.shards else \
+            "this is no pack, so that without --decode only empty files are found"
+        return f"nothing: {known}; --decode reads every image in full and names those that are damaged"
 
 
 def verify(locator: str, *, decode: bool = False, threads: int | None = None, cache_dir: Path | None = None) -> Report:
@@ -80,7 +98,7 @@ def verify(locator: str, *, decode: bool = False, threads: int | None = None, ca
     content = form.read_pack(folder) if folder.is_dir() else None
     if content is not None:
         _check_shards(folder, content, report, threads=threads)
-        report.samples = content["samples"]
+        report.samples, report.stage = content["samples"], content["stage"]
     try:
         index = open_index(locator, cache_dir=cache_dir)
     except UserError as error:
@@ -89,13 +107,12 @@ def verify(locator: str, *, decode: bool = False, threads: int | None = None, ca
         report.problems.append(Finding(str(folder), str(error)))
         return report
     with index:
-        report.samples = len(index)
+        report.samples, report.stage = len(index), index.stage
         if content is not None:
             _check_index(folder, content, index, report)
         elif not decode:
             _check_empty(index, report, threads=threads)
-            report.notes.append(Finding(str(index.source), "not a pack: without --decode only empty files are found"))
-        if decode and not index.stage.startswith("raw"):  # bare pixels need no decoding
+        if decode and not report.is_raw:  # bare pixels need no decoding
             _decode(index, report, threads=threads)
     return report
 
@@ -133,7 +150,7 @@ def _check_index(folder: Path, content: dict[str, Any], index: Index, report: Re
     for shard in content["shards"]:
         name, here = shard["name"], found.get(shard["name"], 0)
         if here != shard["samples"]:
-            report.problems.append(Finding(str(folder / name), f"holds {here:,} samples, must hold "
+            report.problems.append(Finding(str(folder / name), f"holds {counted(here, 'sample')}, must hold "
                                                                f"{shard['samples']:,}"))
     for name, now in (("stage", index.stage), ("samples", len(index)), ("classes", len(index.classes)),
                       ("identity", index.identity)):

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_USER, UserError
 from alexnet_ddp.words import Parser
@@ -64,6 +65,26 @@ def _number_of_threads(word: str) -> int | None:
     if not word.isdigit() or not 1 <= int(word) <= 1024:
         raise UserError(f"--threads must be auto or a number from 1 to 1024, got '{word}'.")
     return int(word)
+
+
+class Report(Protocol):
+    """What a command that looks at a source has found."""
+
+    @property
+    def is_well(self) -> bool: ...
+    def facts(self) -> dict[str, Any]: ...
+    def summary(self) -> str: ...
+
+
+def _report(parser: Parser, words: list[str], command: Callable[[argparse.Namespace, int | None], Report]) -> int:
+    """Looks at WHERE by `command`, prints what it found, and returns the exit code for that."""
+    parser.add_argument("where", metavar="WHERE", help=WHERE)
+    parser.add_argument("--json", action="store_true", help="print it as JSON, with all there is")
+    _threads(parser)
+    options = parser.parse_args(words)
+    report = command(options, _number_of_threads(options.threads))
+    print(json.dumps(report.facts(), indent=1) if options.json else report.summary())
+    return EXIT_FINISHED if report.is_well else EXIT_USER
 
 
 def index(words: list[str]) -> int:
@@ -129,36 +150,28 @@ def verify(words: list[str]) -> int:
     parser = _parser("verify", "Compares a pack's shards with the sizes, sha256 sums, counts and identity in its "
                      "pack.json.\nWith --decode every image of any source is decoded in full.",
                      more="Exit code 0 only if all is well, 2 if anything is damaged.")
-    parser.add_argument("where", metavar="WHERE", help=WHERE)
     parser.add_argument("--decode", action="store_true", help="decode every image and name those that are damaged")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    _threads(parser)
-    options = parser.parse_args(words)
-    threads = _number_of_threads(options.threads)
 
-    from alexnet_ddp.data.packs.verify import verify as command
+    def command(options: argparse.Namespace, threads: int | None) -> Report:
+        from alexnet_ddp.data.packs.verify import verify
 
-    report = command(options.where, decode=options.decode, threads=threads)
-    print(json.dumps(report.facts(), indent=1) if options.json else report.summary())
-    return EXIT_FINISHED if report.is_well else EXIT_USER
+        return verify(options.where, decode=options.decode, threads=threads)
+
+    return _report(parser, words, command)
 
 
 def stats(words: list[str]) -> int:
     parser = _parser("stats", "Image sizes, bytes, class balance, kinds of images, and the colours' mean, standard "
                      "deviation\nand principal components, exactly, over every pixel of the images looked at.",
                      more="Exit code 2 if images were damaged; they are named and left out of the figures.")
-    parser.add_argument("where", metavar="WHERE", help=WHERE)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="look at N samples, taken evenly")
-    _threads(parser)
-    options = parser.parse_args(words)
-    threads = _number_of_threads(options.threads)
 
-    from alexnet_ddp.data.tools.stats import stats as command
+    def command(options: argparse.Namespace, threads: int | None) -> Report:
+        from alexnet_ddp.data.tools.stats import stats
 
-    found = command(options.where, limit=options.limit, threads=threads)
-    print(json.dumps(found.facts(), indent=1) if options.json else found.summary())
-    return EXIT_USER if found.damaged else EXIT_FINISHED
+        return stats(options.where, limit=options.limit, threads=threads)
+
+    return _report(parser, words, command)
 
 
 def show(words: list[str]) -> int:

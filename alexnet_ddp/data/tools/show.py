@@ -61,7 +61,10 @@ class Shown:
 
 
 def open_recipe(what: str, overrides: list[str]) -> Config:
-    """The recipe of a file, of a run's directory, or a default one on the data that `what` names. Raises UserError."""
+    """The recipe of a file, of a run's directory, or a default one on the data that `what` names. Raises UserError.
+
+    model.num_classes becomes that of the data: it doesn't change what is seen, and needn't be right to look at them.
+    """
     path = Path(what).expanduser()
     if path.suffix in (".yaml", ".yml"):
         config = recipes.load(path, overrides)
@@ -69,10 +72,16 @@ def open_recipe(what: str, overrides: list[str]) -> Config:
         config = recipes.load(path / "config.yaml", overrides)
     else:
         with open_index(what) as index:
-            tree = {"data": {"train": what, "stored": index.stage}, "model": {"num_classes": len(index.classes)}}
+            tree = {"data": {"train": what, "stored": index.stage}}
         config = recipes.build(recipes.apply_overrides(tree, overrides))
+    try:
+        with open_index(config.data.train) as index:
+            model = config.model.model_copy(update={"num_classes": len(index.classes)})
+    except UserError as error:
+        raise UserError(f"data.train={error}") from None
     # No validation data, and works of one sample each: neither changes what is seen.
-    return config.model_copy(update={"data": config.data.model_copy(update={"val": None}), "micro_batch": 1})
+    return config.model_copy(update={"data": config.data.model_copy(update={"val": None}), "model": model,
+                                     "micro_batch": 1})
 
 
 def show(config: Config, *, count: int = 16, epoch: int = 0, sample: int | None = None,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alexnet_ddp.amounts import counted
 from alexnet_ddp.data.decoding.decode import DamagedImage, open_upright
 from alexnet_ddp.data.decoding.stages import CHANNELS, parse_stage
 from alexnet_ddp.data.index import Index, open_index
@@ -99,8 +100,10 @@ class Stats:
     looked_at: int
     classes: int
     per_class: Spread
-    smallest: str
+    smallest: str  # the first class of those with the fewest images
     largest: str
+    as_small: int  # classes that have as few, that one among them
+    as_large: int
     width: Spread  # pixels, upright
     height: Spread
     megapixels: Spread
@@ -113,6 +116,10 @@ class Stats:
     eigenvalues: list[float]  # of the covariance of a pixel's channels, largest first
     eigenvectors: list[list[float]]  # each a row of three, with a positive largest part
 
+    @property
+    def is_well(self) -> bool:
+        return not self.damaged
+
     def facts(self) -> dict[str, Any]:
         """For --json."""
         return asdict(self)
@@ -123,21 +130,36 @@ class Stats:
         return [f"augment.{name}=[{','.join(f'{value:.4f}' for value in values)}]"
                 for name, values in (("mean", self.mean), ("std", self.std))]
 
+    @property
+    def _balance(self) -> str:
+        """Images per class, and who is at the ends, without favour among equals."""
+        least, most = self.per_class.least, self.per_class.most
+        if least == most:
+            return f"{counted(int(least), 'image')} in each"
+
+        def ends(name: str, equals: int, what: str) -> str:
+            return f"{name} has the {what}" if equals == 1 else \
+                f"{name} and {counted(equals - 1, 'other')} have the {what}"
+
+        return (f"images in a class {least:,.0f} / {self.per_class.median:,.0f} / {most:,.0f} (least / median / most: "
+                f"{ends(self.smallest, self.as_small, 'fewest')}, {ends(self.largest, self.as_large, 'most')})")
+
     def summary(self) -> str:
         """What `data stats` prints."""
-        whole = "all of them" if self.looked_at + len(self.damaged) == self.samples else "an even subset"
+        limited = self.looked_at + len(self.damaged) < self.samples
+        those = "those looked at" if limited else "all"
 
         def line(values: Spread, form: str) -> str:
             return " / ".join(format(value, form) for value in (values.least, values.median, values.most))
 
         lines = [
             ("source", f"{self.source} ({self.stage})"),
-            ("samples", f"{self.samples:,}; looked at {self.looked_at:,}, {whole}"),
-            ("classes", f"{self.classes:,}; images in a class {line(self.per_class, ',.0f')} (least / median / most: "
-                        f"{self.smallest} has the fewest, {self.largest} the most)"),
+            ("samples", f"{self.samples:,}; looked at {self.looked_at:,}, "
+                        + ("taken evenly: what follows is of these" if limited else "all of them")),
+            ("classes", f"{self.classes:,}; {self._balance}" + (f" (of all {self.samples:,})" if limited else "")),
             ("width", line(self.width, ",.0f")), ("height", line(self.height, ",.0f")),
             ("Mpixels", line(self.megapixels, ".3f")),
-            ("bytes", f"{line(self.bytes, ',.0f')}; {self.total_bytes:,} in all"),
+            ("bytes", f"{line(self.bytes, ',.0f')}; {self.total_bytes:,} in {those}"),
             ("kinds", told(self.found)),
             ("mean", "  ".join(f"{value:.6f}" for value in self.mean)),
             ("std", "  ".join(f"{value:.6f}" for value in self.std)),
@@ -145,7 +167,7 @@ class Stats:
                + "  ".join(f"{part:+.4f}" for part in vector))
               for place, (value, vector) in enumerate(zip(self.eigenvalues, self.eigenvectors, strict=True))),
             *(("damaged", one) for one in self.damaged[:LISTED]),
-            *([("damaged", f"{len(self.damaged):,} in all, left out of the figures")] if self.damaged else []),
+            *([("damaged", f"{len(self.damaged):,} in {those}, left out of the figures")] if self.damaged else []),
             ("use it", " ".join(self.recipe)),
         ]
         return "\n".join(f"{name:<10}{value}" for name, value in lines)
@@ -199,7 +221,8 @@ def _stats(index: Index, *, limit: int | None, threads: int) -> Stats:
     return Stats(
         source=str(index.source), stage=index.stage, samples=len(index), looked_at=known, classes=len(index.classes),
         per_class=spread(classes), smallest=index.classes[int(classes.argmin())],
-        largest=index.classes[int(classes.argmax())], width=spread(width), height=spread(height),
+        largest=index.classes[int(classes.argmax())], as_small=int((classes == classes.min()).sum()),
+        as_large=int((classes == classes.max()).sum()), width=spread(width), height=spread(height),
         megapixels=spread(width * height / 1e6), bytes=spread(size), total_bytes=int(size.sum()),
         found=dict(sorted(found.items())), damaged=damaged, mean=sums.mean().tolist(),
         std=np.sqrt(np.diag(sums.covariance())).tolist(), eigenvalues=eigenvalues.tolist(),
