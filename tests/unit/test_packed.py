@@ -102,6 +102,7 @@ def test_a_pack_is_called_one(tmp_path: Path, identity: str) -> None:
         assert f"{tmp_path / 'pack'} (pack of stage raw{SIDE}, 2 shards)" in summary(index)
     with open_index(str(make_tar(tmp_path / "plain.tar", {"a/1.jpg": b"x"}))) as index:
         assert f"{tmp_path / 'plain.tar'} (tar)" in summary(index)
+        assert "balance   1 sample in each class" in summary(index) and "smallest" not in summary(index)
 
 
 def test_classes_keep_the_order_of_the_source(tmp_path: Path) -> None:

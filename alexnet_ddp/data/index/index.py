@@ -173,8 +173,12 @@ def summary(index: Index) -> str:
         ),
         ("samples", f"{len(index):,}"),
         ("classes", f"{len(index.classes):,} ({listed(index.classes)})"),
-        ("smallest", f"{index.classes[small]}: {counts[small]:,}"),
-        ("largest", f"{index.classes[large]}: {counts[large]:,}"),
+        *(
+            [("smallest", f"{index.classes[small]}: {counts[small]:,}"),
+             ("largest", f"{index.classes[large]}: {counts[large]:,}")]
+            if counts[small] < counts[large]
+            else [("balance", f"{counted(int(counts[small]), 'sample')} in each class")]
+        ),
         (
             "bytes",
             f"{stored:,} ({stored / len(index):,.0f} an image)" if stored else "not counted: a file each",

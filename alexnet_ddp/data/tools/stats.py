@@ -157,7 +157,8 @@ class Stats:
             ("samples", f"{self.samples:,}; looked at {self.looked_at:,}, "
                         + ("taken evenly: what follows is of these" if limited else "all of them")),
             ("classes", f"{self.classes:,}; {self._balance}" + (f" (of all {self.samples:,})" if limited else "")),
-            ("width", line(self.width, ",.0f")), ("height", line(self.height, ",.0f")),
+            ("width", line(self.width, ",.0f") + " pixels (least / median / most)"),
+            ("height", line(self.height, ",.0f")),
             ("Mpixels", line(self.megapixels, ".3f")),
             ("bytes", f"{line(self.bytes, ',.0f')}; {self.total_bytes:,} in {those}"),
             ("kinds", told(self.found)),
