@@ -35,6 +35,8 @@ class Config(s.Section):
     schedule: s.ScheduleSection = s.field(s.ScheduleSection, "order", "lr(step)")
     amp: Literal["none", "bf16", "fp16"] = s.field("none", "bits", "automatic mixed precision of the forward")
     clip_norm: float | None = s.field(None, "order", "largest gradient norm; null: no clipping", gt=0.0)
+    label_smoothing: float = s.field(
+        0.0, "order", "share of each label that is spread evenly over all classes; training only", ge=0.0, lt=1.0)
     checkpoint: s.CheckpointSection = s.field(s.CheckpointSection, "free", "when state is saved")
     evaluate: s.EvaluateSection = s.field(s.EvaluateSection, "free", "when and how accuracy is measured")
     log: s.LogSection = s.field(s.LogSection, "free", "what is written down")
@@ -182,6 +184,11 @@ KNOWN_ELSEWHERE = {  # written without _ and -
     "resume": "starting a run whose directory has a checkpoint resumes it; --fresh starts over",
     "arch": "use model.name",
     "gradaccum": "use micro_batch: a rank accumulates when its share of global_batch is larger",
+    "labelsmoothingepsilon": "use label_smoothing",
+    "maxlr": "use optim.lr: it is the peak of every schedule",
+    "pctstart": "use schedule.rise",
+    "decayepochs": "use schedule.step_epochs, or schedule.milestones with schedule.name=multistep",
+    "lrsteps": "use schedule.milestones, in epochs, with schedule.name=multistep",
     "accumulationsteps": "use micro_batch: a rank accumulates when its share of global_batch is larger",
 }
 
@@ -275,9 +282,7 @@ def check(config: Config) -> None:
     if config.schedule.warmup_epochs >= config.epochs:
         raise UserError(f"schedule.warmup_epochs must be under epochs, got {config.schedule.warmup_epochs:g} of "
                         f"{config.epochs}: the whole run would be warmup.")
-    if config.schedule.name == "cosine" and config.schedule.eta_min > config.optim.lr:
-        raise UserError(f"schedule.eta_min must not exceed optim.lr, got {config.schedule.eta_min:g} and "
-                        f"{config.optim.lr:g}.")
+    check_schedule(config)
     if config.optim.nesterov and config.optim.momentum == 0:
         raise UserError("optim.nesterov needs a momentum above 0, got optim.momentum=0.")
     if config.model.in_channels == 2:
@@ -296,6 +301,25 @@ def check(config: Config) -> None:
                         "it names a folder.")
     if config.deadline is not None:
         parse_duration(config.deadline)
+
+
+def check_schedule(config: Config) -> None:
+    """Rules of the learning rate's shape. Raises UserError."""
+    schedule, lr = config.schedule, config.optim.lr
+    if schedule.name in ("cosine", "polynomial") and schedule.eta_min > lr:
+        raise UserError(f"schedule.eta_min must not exceed optim.lr, got {schedule.eta_min:g} and {lr:g}.")
+    if schedule.name == "multistep":
+        listed = f"[{', '.join(f'{milestone:g}' for milestone in schedule.milestones)}]"
+        if sorted(set(schedule.milestones)) != schedule.milestones:
+            raise UserError(f"schedule.milestones must ascend, each epoch named once, got {listed}.")
+        if schedule.milestones[-1] >= config.epochs:
+            raise UserError(f"schedule.milestones must lie below epochs, got {listed} in a run of {config.epochs}: the "
+                            "last would never come. Take out those beyond, or train longer.")
+    left = schedule.gamma**config.epochs
+    if schedule.name == "exponential" and left < 1e-9:
+        raise UserError(f"schedule.gamma is the factor of an epoch with schedule.name=exponential: {schedule.gamma:g} "
+                        f"over {config.epochs} epochs leaves {left:.0e} of optim.lr, too little to move a weight. "
+                        f"schedule.gamma={0.001 ** (1 / config.epochs):.3g} would leave a thousandth.")
 
 
 def parse_duration(text: str) -> float:

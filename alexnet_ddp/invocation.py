@@ -71,10 +71,10 @@ def overfit(samples: int, name: str) -> list[str]:
     if samples < 1:
         raise UserError(f"--overfit takes a number of samples above 0, got {samples}.")
     return [f"name={name}-overfit", f"data.limit={samples}", "data.val=null", f"global_batch={samples}",
-            "epochs=300", "model.dropout=0", "optim.weight_decay=0", "augment.crop=center", "augment.flip=0",
-            "augment.rotation=0", "augment.color_jitter=[0,0,0,0]", "augment.pca_lighting=0",
-            "schedule.name=constant", "schedule.warmup_epochs=0", "log.steps=10", "checkpoint.epochs=null",
-            "clip_norm=1", f"limits.loss={OVERFIT_LOSS}"]
+            "epochs=300", "model.dropout=0", "label_smoothing=0", "optim.weight_decay=0",
+            "augment.crop=center", "augment.flip=0", "augment.rotation=0", "augment.color_jitter=[0,0,0,0]",
+            "augment.pca_lighting=0", "schedule.name=constant", "schedule.warmup_epochs=0", "log.steps=10",
+            "checkpoint.epochs=null", "clip_norm=1", f"limits.loss={OVERFIT_LOSS}"]
 
 
 def overfit_verdict(run_dir: Path, samples: int) -> int:

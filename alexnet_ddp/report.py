@@ -20,6 +20,7 @@ from alexnet_ddp.data.training import Data, largest_part
 from alexnet_ddp.distributed import World
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.run import RunDirectory, Start
+from alexnet_ddp.schedule import ENDS_WITH_THE_RUN
 from alexnet_ddp.sinks import say
 from alexnet_ddp.stop import STOP_FILE
 from alexnet_ddp.watchdog import Failure
@@ -200,8 +201,9 @@ def say_finished(config: Config, step: int, best: dict[str, Any] | None, *, plan
     accuracy = f", best held-out top-1 {best['top1']:.2%} after step {best['step']}" if best else ""
     full = f"{config.epochs} epochs, {step} steps" if step >= planned else f"limits.loss reached after {step} steps"
     longer = (f"To train longer, give the same command with more epochs (epochs={2 * config.epochs})."
-              if config.schedule.name != "cosine" else
-              "A cosine ends with its run: to train longer, start another (name=..., epochs=...).")
+              if config.schedule.name not in ENDS_WITH_THE_RUN else
+              f"schedule.name={config.schedule.name} ends with its run: to train longer, start another (name=..., "
+              "epochs=...).")
     say(f"{config.run_dir} is finished: {full}{accuracy}. {longer}")
 
 

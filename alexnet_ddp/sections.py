@@ -110,11 +110,19 @@ class OptimSection(Section):
 
 
 class ScheduleSection(Section):
-    name: Literal["constant", "step", "cosine"] = field("step", "order", "shape of lr(step) after the warmup")
-    warmup_epochs: float = field(0.0, "order", "linear rise from lr / warmup steps", ge=0.0)
+    name: Literal["constant", "step", "multistep", "exponential", "cosine", "polynomial", "one_cycle"] = field(
+        "step", "order", "shape of lr(step) after the warmup; --print-schedule shows it")
+    warmup_epochs: float = field(0.0, "order", "linear rise to the schedule's first rate", ge=0.0)
     step_epochs: float = field(30.0, "order", "step: epochs between two reductions", gt=0.0)
-    gamma: float = field(0.1, "order", "step: factor of a reduction", gt=0.0, le=1.0)
-    eta_min: float = field(0.0, "order", "cosine: the last learning rate", ge=0.0)
+    milestones: list[Annotated[float, Field(gt=0.0)]] = field(
+        lambda: [30.0, 60.0, 80.0], "order", "multistep: epochs of the reductions, from the run's start", min_length=1)
+    gamma: float = field(
+        0.1, "order", "step, multistep: factor of a reduction; exponential: factor of an epoch", gt=0.0, le=1.0)
+    eta_min: float = field(0.0, "order", "cosine, polynomial: the last learning rate", ge=0.0)
+    power: float = field(1.0, "order", "polynomial: exponent; 1 is a straight line", gt=0.0)
+    rise: float = field(0.3, "order", "one_cycle: share of the steps on which it rises to optim.lr", gt=0.0, lt=1.0)
+    div_factor: float = field(25.0, "order", "one_cycle: optim.lr / the first learning rate", ge=1.0)
+    final_div_factor: float = field(1e4, "order", "one_cycle: the first learning rate / the last", ge=1.0)
 
 
 class CheckpointSection(Section):

@@ -189,7 +189,7 @@ class Trainer:
         self.reseed = replica.has_torch_dropout(net)
         self.step = Step(wrap(net, world.device), create_optimizer(net, config.optim),
                          create_scaler(config.amp, world.device), amp=config.amp, clip_norm=config.clip_norm,
-                         tick=self._tick)
+                         tick=self._tick, smoothing=config.label_smoothing)
         self.window = Window(config.log.steps, device=world.device)
         self.augment = Augment(config.augment, channels=config.model.in_channels, device=world.device)
         self.agreement = distributed.Agreement(world)

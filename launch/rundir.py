@@ -17,6 +17,7 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.lease import Lease
 from alexnet_ddp.runfiles import free_name, newest_checkpoint
+from alexnet_ddp.schedule import ENDS_WITH_THE_RUN
 from alexnet_ddp.stop import STOP_FILE
 from launch import facts as gathering
 from launch.facts import Facts
@@ -43,7 +44,8 @@ def look(run_dirs: Sequence[Path], configs: Sequence[Config], *, fresh: bool, ac
             continue
         check_recipe(one.run_dir, config, accept=accept_changes)
         if finished(one, config):
-            longer = ("A cosine ends with its run" if config.schedule.name == "cosine" else
+            longer = (f"schedule.name={config.schedule.name} ends with its run"
+                      if config.schedule.name in ENDS_WITH_THE_RUN else
                       f"More epochs (epochs={2 * config.epochs}) train it longer")
             print(f"alexnet-ddp: {one.run_dir} is finished: {config.epochs} epochs. {longer}, name=... makes another "
                   "run, --fresh starts over.", file=sys.stderr, flush=True)
@@ -94,7 +96,7 @@ def check_recipe(run_dir: Path, config: Config, *, accept: bool) -> None:
     if before is None:
         return
     # More epochs are another experiment only where they change the learning rates there have been.
-    longer_is_same = config.schedule.name != "cosine" or saved is None or saved.step == 0
+    longer_is_same = config.schedule.name not in ENDS_WITH_THE_RUN or saved is None or saved.step == 0
     changes = [change for change in recipes.differences(before, config)
                if change.effect == "order" and not (change.path == "epochs" and longer_is_same)]
     fixed = [change for change in changes if change.path == "global_batch" or change.path.startswith("model.")]

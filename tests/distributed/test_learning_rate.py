@@ -15,6 +15,7 @@ SCHEDULES = {
     "constant_warm": ["schedule.name=constant", "schedule.warmup_epochs=1.5"],
     "step": ["schedule.name=step", "schedule.warmup_epochs=0.5", "schedule.step_epochs=1.5", "schedule.gamma=0.1"],
     "cosine": ["schedule.name=cosine", "schedule.warmup_epochs=0.5", "schedule.eta_min=0.001"],
+    "one_cycle": ["schedule.name=one_cycle", "schedule.warmup_epochs=0.5"],
 }
 
 

@@ -424,7 +424,7 @@ def test_goes_on(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Said) -> N
 
 
 @pytest.mark.parametrize(("recipe_line", "more"), [
-    ("", "More epochs (epochs=8)"), ("cosine", "A cosine ends with its run")])
+    ("", "More epochs (epochs=8)"), ("cosine", "schedule.name=cosine ends with its run")])
 def test_finished(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Said, recipe_line: str, more: str) -> None:
     """A finished run is said to be finished, with how to go on; that is no error, and nothing is submitted."""
     if recipe_line:
