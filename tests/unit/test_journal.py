@@ -234,6 +234,7 @@ def test_a_part_is_what_it_was(tmp_path: Path) -> None:
     part.listing.add(b"\xff/d/1.jpg", container=3, offset=2**40, size=9)
     part.listing.add(b"2.JPEG", container=4, offset=5, size=6)
     part.listing.add_other(b"x.txt")
+    part.listing.outside = 5
     part.listing.bare_directories.add(b"\xff/d")
     part.values.extend([2, 1])
     part.label_files[".cls"] += 2

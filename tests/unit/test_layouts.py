@@ -11,6 +11,7 @@ import pytest
 
 from alexnet_ddp.data.index import Index, open_index, summary
 from alexnet_ddp.errors import UserError
+from stores import make_tar, tar_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +85,16 @@ def test_members_that_lead_out_of_the_tar_are_told() -> None:
     """Members with `..` in their path are passed over, and a note and the refusal of an empty tar say how many."""
     index = open_index(tar("data.tar", "a/1.jpg", "b/1.jpg", "../c/1.jpg", "a/../../2.jpg", "../notes.txt"))
     assert names(index) == ["a/1", "b/1"]
-    said = "3 members of the tar passed over: '..' in the path, which leads out of the archive"
+    said = "3 tar members passed over: '..' in the path, which leads out of the archive"
     assert index.notes == [said] and f"note      {said}" in summary(index)
     assert open_index("data.tar").notes == [said]  # from the cache
-    assert "1 member of the tar passed over: '..'" in refusal(tar("out.tar", "../a/1.jpg"))
+    assert "1 tar member passed over: '..'" in refusal(tar("out.tar", "../a/1.jpg"))
+    tar("shards/0.tar", "a/1.jpg", "../1.jpg")
+    tar("shards/1.tar", "b/1.jpg", "../2.jpg")
+    assert open_index("shards").notes[0].startswith("2 tar members")
+    inner = tar_bytes({"1.jpg": b"x", "../2.jpg": b"x"})
+    assert open_index(str(make_tar(Path("nested.tar"), {"a.tar": inner, "b.tar": inner}))).notes == [
+        said.replace("3", "2")]
 
 
 @pytest.mark.parametrize("make", [folder, tar])

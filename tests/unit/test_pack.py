@@ -193,6 +193,14 @@ def test_enlarged_images_are_told(tmp_path: Path) -> None:
             assert [line.split()[1:5] for line in told] == ([["2", "of", "4", "images:"]] if enlarged else [])
 
 
+def test_what_the_source_lacks_is_told(tmp_path: Path) -> None:
+    """Notes on the source, such as members of a tar that were passed over, are told of its pack as well."""
+    make_tar(tmp_path / "source.tar", {"a/1.jpg": packs.jpeg(20, 20), "../a/2.jpg": packs.jpeg(20, 20)})
+    made = pack(str(tmp_path / "source.tar"), destination=tmp_path / "pack", stage="short16")
+    assert made.samples == 1
+    assert "note      of the source: 1 tar member passed over: '..' in the path" in made.summary()
+
+
 # --- going on ---------------------------------------------------------------------------------------------------
 
 

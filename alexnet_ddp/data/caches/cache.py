@@ -311,8 +311,8 @@ class CachedRecords:
         with self._lock:
             first, self._full = not self._full, True
         if first:
-            self._say(f"the cache in {self._folder.path} takes no more: {why}. It holds {self.progress()} of this "
-                      "rank; the rest is read from the source")
+            self._say(f"the cache in {self._folder.path} takes no more: {why}. Of this rank's share it holds "
+                      f"{self.progress()}; the rest is read from the source")
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:

@@ -150,5 +150,4 @@ def note_others(listing: Listing) -> list[str]:
 
 
 def _outside(listing: Listing) -> str:
-    return (f"{counted(listing.outside, 'member')} of the tar passed over: '..' in the path, which leads out of the "
-            "archive")
+    return f"{counted(listing.outside, 'tar member')} passed over: '..' in the path, which leads out of the archive"

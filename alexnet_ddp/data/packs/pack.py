@@ -25,7 +25,8 @@ from alexnet_ddp.data.decoding.stages import CHANNELS, VERSIONS, Stage, parse_st
 from alexnet_ddp.data.index import Index, open_index
 from alexnet_ddp.data.index.table import IN_A_FILE
 from alexnet_ddp.data.packs import pack_format as form
-from alexnet_ddp.data.packs.facts import ENLARGED, KINDS, look, told
+from alexnet_ddp.data.packs.facts import ENLARGED, KINDS, look
+from alexnet_ddp.data.packs.outcome import Packed
 from alexnet_ddp.data.packs.pack_place import check_empty, check_place, claim, no_write
 from alexnet_ddp.data.packs.parallel import cores_here, in_order
 from alexnet_ddp.errors import Unreadable, UserError
@@ -39,52 +40,6 @@ LISTED = 100  # damaged images that are named at the end
 
 class DamagedSource(UserError):
     """Images that can't be packed; the finished shards are kept."""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What a pack has become."""
-
-    folder: Path
-    stage: str
-    samples: int
-    classes: int
-    shards: int
-    source_bytes: int
-    bytes: int
-    found: dict[str, int]
-    damaged: list[dict[str, Any]]
-    threads: int
-    made: int  # samples packed by this call; the others were there
-    seconds: float  # that took
-
-    def summary(self) -> str:
-        """What `data pack` prints."""
-        rate = self.made / max(1e-9, self.seconds)
-        kept = self.samples + len(self.damaged) - self.made
-        enlarged = self.found.get(ENLARGED, 0)
-        lines = [
-            ("packed", f"{counted(self.samples, 'image')} of {counted(self.classes, 'class', 'classes')} as "
-                       f"{self.stage}"),
-            ("before", f"{self.source_bytes:,} bytes"),
-            ("after", f"{self.bytes:,} bytes in {counted(self.shards, 'shard')} "
-                      f"({self.bytes / max(1, self.source_bytes):.2f} times the bytes before)"),
-            ("found", told(self.found)),
-            *([("enlarged", f"{enlarged:,} of {counted(self.samples, 'image')}: smaller than {self.stage}; they take "
-                            "more bytes and show no more. A smaller stage enlarges fewer, maxN none")]
-              if enlarged else []),
-            *([("speed", f"{rate:,.0f} images a second on {self.threads} threads ({self.seconds:,.1f} s)")]
-              if self.made else []),
-            *([("kept", f"{counted(kept, 'image')} of the source {'was' if kept == 1 else 'were'} done before")]
-              if kept else []),
-            *([("skipped", f"{counted(len(self.damaged), 'damaged image')}, listed in {self.folder / form.PACK}")]
-              if self.damaged else []),
-            ("lies in", str(self.folder.absolute())),
-            ("use it", f"data.train={self.folder.absolute()} data.stored={self.stage}     (or data.val=...)"),
-            ("", f"in a new run, or in one begun with data.stored={self.stage}; a run begun with another stage can't "
-                 "switch"),
-        ]
-        return "\n".join(f"{name:<10}{value}" for name, value in lines)
 
 
 @dataclass
@@ -390,7 +345,7 @@ class _Packer:
             folder=self._folder, stage=content["stage"], samples=content["samples"], classes=content["classes"],
             shards=len(content["shards"]), source_bytes=content["source_bytes"],
             bytes=sum(shard["bytes"] for shard in content["shards"]), found=content["found"],
-            damaged=content["damaged"], threads=self._threads, made=made, seconds=seconds)
+            damaged=content["damaged"], threads=self._threads, made=made, seconds=seconds, notes=self._index.notes)
 
 
 def _known(found: Counter[str]) -> dict[str, int]:
