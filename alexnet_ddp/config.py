@@ -185,6 +185,12 @@ KNOWN_ELSEWHERE = {  # written without _ and -
     "arch": "use model.name",
     "gradaccum": "use micro_batch: a rank accumulates when its share of global_batch is larger",
     "labelsmoothingepsilon": "use label_smoothing",
+    "opt": "use optim.name",
+    "optimizer": "use optim.name, or its section optim",
+    "scheduler": "use schedule.name, or its section schedule",
+    "lrscheduler": "use schedule.name, or its section schedule",
+    "normweightdecay": "use optim.decay_on=weights: no decay of biases and normalisation layers",
+    "biasweightdecay": "use optim.decay_on=weights: no decay of biases and normalisation layers",
     "maxlr": "use optim.lr: it is the peak of every schedule",
     "pctstart": "use schedule.rise",
     "decayepochs": "use schedule.step_epochs, or schedule.milestones with schedule.name=multistep",
@@ -283,8 +289,9 @@ def check(config: Config) -> None:
         raise UserError(f"schedule.warmup_epochs must be under epochs, got {config.schedule.warmup_epochs:g} of "
                         f"{config.epochs}: the whole run would be warmup.")
     check_schedule(config)
-    if config.optim.nesterov and config.optim.momentum == 0:
-        raise UserError("optim.nesterov needs a momentum above 0, got optim.momentum=0.")
+    if config.optim.nesterov and (config.optim.name != "sgd" or config.optim.momentum == 0):
+        raise UserError("optim.nesterov needs optim.name=sgd and a momentum above 0, got "
+                        f"optim.name={config.optim.name} and optim.momentum={config.optim.momentum:g}.")
     if config.model.in_channels == 2:
         raise UserError("model.in_channels must be 3 (colour) or 1 (grey), got 2.")
     if config.data.stored.startswith("raw") and config.augment.crop == "squash":

@@ -101,12 +101,19 @@ class AugmentSection(Section):
     std: tuple[float, float, float] = field((0.229, 0.224, 0.225), "order", "per channel, of values 0..1")
 
 
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a running mean
+
+
 class OptimSection(Section):
-    name: Literal["sgd"] = field("sgd", "order", "fused SGD with momentum")
+    name: Literal["sgd", "adamw"] = field("sgd", "order", "sgd: with momentum; adamw: Adam, its decay decoupled; fused")
     lr: float = field(0.01, "order", "peak learning rate, for the global batch as it is", gt=0.0)
-    momentum: float = field(0.9, "order", "share of the last update that is kept in the next", ge=0.0, lt=1.0)
-    weight_decay: float = field(5.0e-4, "order", "L2, on every parameter", ge=0.0)
-    nesterov: bool = field(False, "order", "look-ahead momentum")
+    momentum: float = field(0.9, "order", "sgd: share of the last update that is kept in the next", ge=0.0, lt=1.0)
+    nesterov: bool = field(False, "order", "sgd: look-ahead momentum")
+    betas: tuple[Decay, Decay] = field((0.9, 0.999), "order", "adamw: decay of the means of gradient and square")
+    eps: float = field(1.0e-8, "order", "adamw: added to the root of the mean square", gt=0.0)
+    weight_decay: float = field(5.0e-4, "order", "sgd: L2; adamw: weights shrink by lr * weight_decay a step", ge=0.0)
+    decay_on: Literal["all", "weights"] = field(
+        "all", "order", "what weight_decay is for; weights: not biases and normalisation layers' scales")
 
 
 class ScheduleSection(Section):

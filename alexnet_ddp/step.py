@@ -77,7 +77,8 @@ class Step:
 
     def __call__(self, micro_batches: Iterable[MicroBatch], *, lr: float, planned: int, window: Window) -> None:
         """One step over a rank's part of a global batch of `planned` samples."""
-        self.optimizer.param_groups[0]["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
 
         for batch in micro_batches:

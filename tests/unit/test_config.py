@@ -46,6 +46,8 @@ def value(config: Config, path: str) -> Any:
     ("batch_size=32", "use global_batch, the total over all ranks"),
     ("data.batch-size=32", "key=value"),
     ("lr=0.1", "use optim.lr"),
+    ("norm_weight_decay=0", "use optim.decay_on=weights"),
+    ("pct_start=0.3", "use schedule.rise"),
     ("optim.learning_rate=0.1", "use optim.lr"),
     ("data.num_workers=8", "use data.threads"),
     ("checkpoint.interval=3", "known: minutes, epochs, steps, keep"),  # nothing is near: what there is
@@ -72,7 +74,8 @@ def test_unknown_key_names_the_right_one(recipe: Path, wrong: str, said: str) ->
     ("data.train=", "data.train: must be a string, got None"),
     ("data.train=[a, b]", "data.train: must be a string, got ['a', 'b']"),
     ("optim.lr.x=1", "optim.lr: must be a number, got {'x': 1}"),
-    ("optim.name=sdg", "must be 'sgd', got 'sdg'; did you mean 'sgd'?"),
+    ("optim.name=sdg", "must be 'sgd' or 'adamw', got 'sdg'; did you mean 'sgd'?"),
+    ("optim.betas=[0.9, 1]", "optim.betas: must be less than 1, got 1"),
     ("data.threads=many", "data.threads: must be 'auto', or must be a whole number, got 'many'"),
     ("augment.scale=[0.5]", "augment.scale: must be a list of as many values as its default has, got [0.5]"),
     ("augment.scale=[0.5, 0.6, 0.7]", "augment.scale: must be a list of as many values as its default has"),
@@ -207,6 +210,7 @@ def test_name_is_the_files(recipe: Path) -> None:
     (["schedule.name=multistep", "epochs=60"], "milestones must lie below epochs, got [30, 60, 80] in a run of 60"),
     (["schedule.name=exponential"], "schedule.gamma=0.926 would leave a thousandth"),
     (["optim.nesterov=true", "optim.momentum=0"], "optim.nesterov needs"),
+    (["optim.nesterov=true", "optim.name=adamw"], "got optim.name=adamw"),
     (["model.in_channels=2"], "model.in_channels must be 3"),
     (["data.stored=raw256", "augment.crop=squash"], "data.stored=raw256"),
     (["name=../up"], "name must be letters"),
@@ -288,12 +292,13 @@ def test_every_field_is_compared() -> None:
         "data.val": "/v", "data.limit": 5, "data.stored": "short256", "data.decoder": "pillow", "data.threads": 2,
         "data.assignment": "owner", "augment.crop": "center", "augment.scale": [0.1, 1.0], "augment.ratio": [0.5, 2.0],
         "augment.color_jitter": [0.1, 0, 0, 0], "augment.mean": [0.5, 0.5, 0.5], "augment.std": [0.5, 0.5, 0.5],
+        "optim.name": "adamw", "optim.betas": [0.9, 0.99], "optim.decay_on": "weights",
         "schedule.name": "cosine", "schedule.milestones": [5.0],
         "amp": "bf16", "clip_norm": 1.0, "checkpoint.minutes": None, "checkpoint.steps": 7,
         "evaluate.crop": "squash", "device": "cpu", "deadline": "4h", "fault.kind": "inf", "fault.at": "save",
         "fault.signal": "INT", "model.in_channels": 1, "model.dropout": 0.25, "augment.flip": 0.25,
     }
-    alone = {"data.cache", "data.on_error", "augment.resize", "optim.name", "evaluate.crops"}  # one value so far
+    alone = {"data.cache", "data.on_error", "augment.resize", "evaluate.crops"}  # one value so far
     base = recipes.build({"name": "a", "data": {"train": "/x"}})
     plain = base.model_dump(mode="json")
     effects = {path: info.json_schema_extra["resume"] for path, info in recipes.fields()}

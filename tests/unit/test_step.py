@@ -1,7 +1,6 @@
 """The optimizer step: against the written-out formula, in pieces, clipped, scaled, skipped; and it never waits."""
 
 import copy
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,77 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_ddp.distributed import World
-from alexnet_ddp.loss import Targets
 from alexnet_ddp.metrics import Window
-from alexnet_ddp.models import create_model
 from alexnet_ddp.models.dropout import set_dropout_rows
-from alexnet_ddp.optim import create_optimizer, create_scaler, named_state
+from alexnet_ddp.optim import create_scaler, named_state
 from alexnet_ddp.sections import OptimSection
-from alexnet_ddp.step import MicroBatch, Step, wrap
-
-SIZE, CLASSES, N = 64, 4, 10
-SCALE = 256.0  # of fp16's losses
-SECTION = OptimSection(lr=0.02, momentum=0.9, weight_decay=5e-4)
-INF, NAN = float("inf"), float("nan")
-
-
-def make_net(kind: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return create_model("alexnet_single", num_classes=CLASSES, width=0.05, image_size=SIZE).to(kind)
-
-
-def make_step(*, amp: str = "none", clip: float | None = None, kind: torch.dtype = torch.float32,
-              section: OptimSection = SECTION) -> Step:
-    net, device = make_net(kind), torch.device("cpu")
-    scaler = create_scaler(amp, device)
-    if amp == "fp16":  # torch's first scale overflows in this net, as it may
-        scaler.load_state_dict({**scaler.state_dict(), "scale": SCALE})
-    return Step(wrap(net, device), create_optimizer(net, section), scaler, amp=amp, clip_norm=clip,
-                tick=lambda stage: None)
-
-
-def batch(seed: int, *, cuts: tuple[int, ...] = (0, N), kind: torch.dtype = torch.float32) -> list[MicroBatch]:
-    """Ten samples in micro-batches between the cuts; the same samples for a seed however they are cut."""
-    random = torch.Generator().manual_seed(seed)
-    pixels = torch.randn(N, 3, SIZE, SIZE, generator=random, dtype=torch.float64).to(kind)
-    labels = torch.randint(0, CLASSES, (N,), generator=random)
-    rows = torch.randint(0, 2**32, (N,), generator=random)
-    pieces = list(itertools.pairwise(cuts))
-    return [MicroBatch(pixels[a:b], Targets(labels[a:b]), rows[a:b], last=number == len(pieces) - 1)
-            for number, (a, b) in enumerate(pieces)]
-
-
-def spoilt(batches: list[MicroBatch], number: int, value: float) -> list[MicroBatch]:
-    batches[number].pixels[0, 0, 0, 0] = value
-    return batches
-
-
-def take(step: Step, batches: list[MicroBatch], window: Window | None = None, *, planned: int = N) -> Window:
-    window = window or Window(20, device=torch.device("cpu"))
-    step(batches, lr=0.02, planned=planned, window=window)
-    return window
-
-
-def state(step: Step) -> dict[str, Tensor]:
-    """Weights and momentum by name, copied."""
-    net = step.net.module
-    found = {**net.state_dict(), **{f"momentum of {name}": value for name, value in
-                                    named_state(net, step.optimizer)["momentum_buffer"].items()}}
-    return {name: value.clone() for name, value in found.items()}
-
-
-def differs(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest difference relative to the tensor's own size."""
-    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp_min(1e-30)) for name in b)
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
+from steps import INF, NAN, SCALE, N, batch, differs, equal, make_net, make_step, spoilt, state, take
 
 # --- the formula ------------------------------------------------------------------------------------------------
 
@@ -112,7 +49,7 @@ def test_three_steps_by_hand(world: World, clip: float | None, nesterov: bool) -
         assert summary.loss == pytest.approx(loss.item(), rel=1e-12)
         assert clip is None or factor < 1
     expected = {**{name: value.detach() for name, value in weights.items()},
-                **{f"momentum of {name}": value for name, value in momentum.items()}}
+                **{f"momentum_buffer of {name}": value for name, value in momentum.items()}}
     assert differs(state(step), expected) < 1e-12
 
 
@@ -303,10 +240,12 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
-def test_a_step_never_waits_for_the_device(world: World, amp: str, clip: float | None,
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_step_never_waits_for_the_device(world: World, name: str, amp: str, clip: float | None,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """No operator and no method within a step reads a tensor's value on the host, a skipped update included."""
-    step, window = make_step(amp=amp, clip=clip), Window(20, device=torch.device("cpu"))
+    section = OptimSection(name=name, lr=0.02, decay_on="weights")
+    step, window = make_step(amp=amp, clip=clip, section=section), Window(20, device=torch.device("cpu"))
     take(step, batch(0, cuts=(0, 4, 8, 10)), window)  # what happens once, happens here
     for seed in (1, 2, 3):
         batches = batch(seed, cuts=(0, 4, 8, 10))
@@ -315,7 +254,7 @@ def test_a_step_never_waits_for_the_device(world: World, amp: str, clip: float |
         with no_reads(monkeypatch) as watch:
             take(step, batches, window)
         assert not watch.seen & WAITS
-        assert {"aten::convolution_backward", "aten::_fused_sgd_"} <= watch.seen, "the watch saw nothing"
+        assert {"aten::convolution_backward", f"aten::_fused_{name}_"} <= watch.seen, "the watch saw nothing"
     assert window.counts() == (1, 0)
 
 
