@@ -51,7 +51,7 @@ class Work:
         """All views, where all images have this size: int32 [n, 8]."""
         if self.choose_all is not None:
             return self.choose_all(width, height)
-        rows = [self.choose(row)(width, height).numbers() for row in range(len(self.samples))]
+        rows = [self.choose(row)(width, height) for row in range(len(self.samples))]
         return np.array(rows, np.int32).reshape(-1, 8)
 
 
@@ -74,7 +74,7 @@ class Slot:
     """Memory for one micro-batch: uint8 [rows, height, width, channels], pinned where a GPU reads it."""
 
     images: torch.Tensor
-    views: NDArray[np.int32]  # [rows, 8], as View.numbers()
+    views: NDArray[np.int32]  # [rows, 8], as View
     rows: tuple[torch.Tensor, ...]  # the same images, one by one: uint8 [height * width * channels]
 
 
@@ -137,7 +137,7 @@ class Batch:
 
     @property
     def views(self) -> NDArray[np.int32]:
-        """int32 [n, 8], as View.numbers()."""
+        """int32 [n, 8], as View."""
         return self.slot.views[: len(self.work.samples)]
 
     def release(self, copied: Event | None = None) -> None:
@@ -263,7 +263,7 @@ class Loader:
             except (DamagedImage, OSError) as error:
                 raise self._named(error, sample) from None
             reading, decoding = reading + read - began, decoding + time.perf_counter() - read
-            batch.slot.views[row] = view.numbers()
+            batch.slot.views[row] = view
         self._count(reading=reading, decoding=decoding)
 
     def _copy(self, batch: Batch, first: int) -> None:

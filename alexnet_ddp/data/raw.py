@@ -14,7 +14,7 @@ from torch import Tensor
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L" and JPEG's luminance
 PIECE = 256  # images resized at once: bounds the memory for what lies between the two passes to some 180 MB
 
-LEFT, TOP, WIDTH, HEIGHT, RESIZED_WIDTH, RESIZED_HEIGHT, X, Y = range(8)  # of View.numbers()
+LEFT, TOP, WIDTH, HEIGHT, RESIZED_WIDTH, RESIZED_HEIGHT, X, Y = range(8)  # of a View
 
 
 def only_cut(views: NDArray[np.int32]) -> bool:

@@ -93,7 +93,7 @@ def training_views(section: AugmentSection, draws: Draws, width: int, height: in
     if section.crop == "random":
         return views.random_crop_all(width, height, size=section.size, draws=draws.crop)
     view = training_view(section, draws, 0)(width, height)
-    return np.tile(np.array(view.numbers(), np.int32), (len(draws.flip), 1))
+    return np.tile(np.array(view, np.int32), (len(draws.flip), 1))
 
 
 def training_works(config: Config, data: Data, *, first_step: int, rank: int, world: int) -> Iterator[Work]:

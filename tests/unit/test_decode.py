@@ -120,9 +120,9 @@ def test_all_at_once_are_the_same_views(width: int, height: int) -> None:
     for scale, ratio in (((0.08, 1.0), (0.75, 4 / 3)), ((0.9, 1.0), (0.75, 4 / 3)), ((1.0, 1.0), (0.3, 0.4))):
         together = views.random_resized_all(width, height, size=SIZE, draws=draws, scale=scale, ratio=ratio)
         assert together.tolist() == [list(views.random_resized(
-            width, height, size=SIZE, draws=row, scale=scale, ratio=ratio).numbers()) for row in draws]
+            width, height, size=SIZE, draws=row, scale=scale, ratio=ratio)) for row in draws]
     together = views.random_crop_all(width, height, size=SIZE, draws=draws)
-    assert together.tolist() == [list(views.random_crop(width, height, size=SIZE, draws=row).numbers())
+    assert together.tolist() == [list(views.random_crop(width, height, size=SIZE, draws=row))
                                  for row in draws]
 
 
@@ -250,8 +250,9 @@ def test_a_region_is_what_the_whole_holds(subsampling: int, progressive: bool) -
     random = np.random.default_rng(subsampling)
     data = encoded(photograph(331, 203), subsampling=subsampling, progressive=progressive)
 
-    def memory(height: int, width: int, channels: int) -> NDArray[np.uint8]:
-        return np.zeros((height, width, channels), np.uint8)
+    def memory(height: int, width: int, channels: int) -> tuple[NDArray[np.uint8], int]:
+        pixels = np.zeros((height, width, channels), np.uint8)
+        return pixels, pixels.ctypes.data
 
     for part in (1, 2, 4, 8):
         width, height = -(-331 // part), -(-203 // part)
@@ -295,8 +296,9 @@ def test_regions_of_photographs() -> None:
         pytest.skip("no libturbojpeg 3 here")
     library, random = turbojpeg.TurboJpegLibrary(), np.random.default_rng(0)
 
-    def memory(height: int, width: int, channels: int) -> NDArray[np.uint8]:
-        return random.integers(0, 256, (height, width, channels), dtype=np.uint8)
+    def memory(height: int, width: int, channels: int) -> tuple[NDArray[np.uint8], int]:
+        pixels = random.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        return pixels, pixels.ctypes.data
 
     with open_index(f"{photographs.archive('imagenet-sample.tar')}::train") as index:
         for sample in range(0, len(index), 17):

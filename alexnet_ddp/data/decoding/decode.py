@@ -92,10 +92,11 @@ class JpegDecoder:
             return self._other(data, choose, out)
         _check_end(data)
         try:
-            width, height = self._library.size(data)
+            width, height = size = self._library.size(data)
             check_size(width, height)
             view = _bounded(choose(width, height))
-            pixels, box = self._library.pixels(data, view, parts=PARTS[self._quality], channels=out.shape[-1])
+            pixels, box = self._library.pixels(data, view, size=size, parts=PARTS[self._quality],
+                                               channels=out.shape[-1])
         except NotForThis:
             return self._other(data, choose, out)
         resize.place(pixels, box, view, out, quality=self._quality)

@@ -33,10 +33,10 @@ class JpegLibrary(Protocol):
         """Width and height of a grey or YCbCr JPEG. Raises NotForThis."""
         ...
 
-    def pixels(self, data: bytes, view: View, *, parts: int, channels: int) -> tuple[U8, Box]:
+    def pixels(self, data: bytes, view: View, *, size: tuple[int, int], parts: int, channels: int) -> tuple[U8, Box]:
         """uint8 [h, w, channels], which may be overwritten by the thread's next call, and where in it the view's box
-        lies. A library that can decodes at the smallest fraction that leaves `parts` times the pixels that are shown,
-        each way. Raises NotForThis."""
+        lies. `size` is what the method of that name said. A library that can decodes at the smallest fraction that
+        leaves `parts` times the pixels that are shown, each way. Raises NotForThis."""
         ...
 
 
@@ -57,16 +57,19 @@ class Memory(threading.local):
     """Memory for decoded pixels, one a thread, used again: fresh pages for each image can cost as much as decoding."""
 
     def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
+        self._bytes, self._address = np.empty(0, np.uint8), 0
 
-    def array(self, height: int, width: int, channels: int) -> U8:
-        """uint8 [height, width, channels], contiguous; what it held is lost at the next call in this thread."""
+    def array(self, height: int, width: int, channels: int) -> tuple[U8, int]:
+        """uint8 [height, width, channels], contiguous, and its address; what it held is lost at the next call in this
+        thread."""
         size = height * width * channels
         if size > MOST_KEPT:
-            return np.empty((height, width, channels), np.uint8)
+            rare = np.empty((height, width, channels), np.uint8)
+            return rare, rare.ctypes.data
         if self._bytes.size < size:
             self._bytes = np.empty(size + size // 2, np.uint8)
-        return self._bytes[:size].reshape(height, width, channels)
+            self._address = self._bytes.ctypes.data
+        return self._bytes[:size].reshape(height, width, channels), self._address
 
 
 def fraction(view: View, *, parts: int) -> int:
@@ -106,7 +109,7 @@ class TurboJpeg:
         except turbojpeg.Declined as why:
             raise NotForThis(str(why)) from None
 
-    def pixels(self, data: bytes, view: View, *, parts: int, channels: int) -> tuple[U8, Box]:
+    def pixels(self, data: bytes, view: View, *, size: tuple[int, int], parts: int, channels: int) -> tuple[U8, Box]:
         n = fraction(view, parts=parts)
         try:
             pixels, left, top = self._library.decode(data, box=scaled_box(view, fraction=n), fraction=n,
@@ -147,7 +150,7 @@ class NvImageCodec:
         except RuntimeError as why:
             raise NotForThis(str(why)) from None
 
-    def pixels(self, data: bytes, view: View, *, parts: int, channels: int) -> tuple[U8, Box]:
+    def pixels(self, data: bytes, view: View, *, size: tuple[int, int], parts: int, channels: int) -> tuple[U8, Box]:
         region = self._codec.Region(view.top, view.left, view.top + view.height, view.left + view.width)
         image = None
         try:
@@ -179,15 +182,15 @@ class SimpleJpeg:
             raise NotForThis(colours)
         return width, height
 
-    def pixels(self, data: bytes, view: View, *, parts: int, channels: int) -> tuple[U8, Box]:
-        width, height = self.size(data)
+    def pixels(self, data: bytes, view: View, *, size: tuple[int, int], parts: int, channels: int) -> tuple[U8, Box]:
+        width, height = size
         n = fraction(view, parts=parts)
         # the largest reduction that keeps these sizes is then n itself
         wanted = {"min_width": max(1, width // n), "min_height": max(1, height // n), "min_factor": n} if n > 1 else {}
         try:
             pixels = simplejpeg.decode_jpeg(
                 data, "GRAY" if channels == 1 else "RGB", fastdct=self._fast, fastupsample=self._fast,
-                buffer=self._memory.array(height, width, channels).reshape(-1), **wanted)
+                buffer=self._memory.array(height, width, channels)[0].reshape(-1), **wanted)
         except ValueError as why:
             raise NotForThis(str(why)) from None
         return pixels, scaled_box(view, fraction=n)
@@ -207,7 +210,7 @@ class TorchCodec:
     def size(self, data: bytes) -> tuple[int, int]:
         return self._sizes.size(data)
 
-    def pixels(self, data: bytes, view: View, *, parts: int, channels: int) -> tuple[U8, Box]:
+    def pixels(self, data: bytes, view: View, *, size: tuple[int, int], parts: int, channels: int) -> tuple[U8, Box]:
         try:
             image = self._decode(data, mode="GRAY" if channels == 1 else "RGB")
         except RuntimeError as why:

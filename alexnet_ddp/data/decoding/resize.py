@@ -53,6 +53,9 @@ def place(pixels: U8, box: Box, view: View, out: U8, *, quality: Quality) -> Non
             _resize(shown, whole, quality)
             out[...] = whole[view.y:view.y + size, view.x:view.x + size]
         return
+    if quality == "fast" and (view.resized_width, view.resized_height) == (size, size):
+        _warp(pixels, box, out)
+        return
     whole = _resize_between(pixels, box, view, quality)
     out[...] = whole.reshape(*whole.shape[:2], -1)[view.y:view.y + size, view.x:view.x + size]
 
@@ -79,10 +82,18 @@ def _resize_between(pixels: U8, box: Box, view: View, quality: Quality) -> U8:
     """A box whose edges lie between pixels, resized to the view's size."""
     size = view.resized_width, view.resized_height
     if quality == "fast":
-        across, down = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
-        # pixel i of the result shows the point box + (i + 1/2) * step - 1/2
-        matrix = np.array([[across, 0, box[0] + across / 2 - 0.5], [0, down, box[1] + down / 2 - 0.5]])
-        return cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                              borderMode=cv2.BORDER_REPLICATE).astype(np.uint8, copy=False)
+        whole = np.empty((size[1], size[0], pixels.shape[2]), np.uint8)
+        _warp(pixels, box, whole)
+        return whole
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box))
+
+
+def _warp(pixels: U8, box: Box, out: U8) -> None:
+    """A box whose edges lie between pixels into all of `out`, bilinear between the four nearest pixels."""
+    height, width = out.shape[:2]
+    across, down = (box[2] - box[0]) / width, (box[3] - box[1]) / height
+    # pixel i of the result shows the point box + (i + 1/2) * step - 1/2
+    matrix = np.array([[across, 0, box[0] + across / 2 - 0.5], [0, down, box[1] + down / 2 - 0.5]])
+    cv2.warpAffine(pixels, matrix, (width, height), dst=out, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                   borderMode=cv2.BORDER_REPLICATE)

@@ -50,6 +50,9 @@ class _Factor(ctypes.Structure):
     _fields_ = [("num", ctypes.c_int), ("denom", ctypes.c_int)]
 
 
+WHOLE = _Region(0, 0, 0, 0)  # TJUNCROPPED
+
+
 @functools.cache
 def find_library() -> str | None:
     """Path (or the loader's name) of a library with the TurboJPEG 3 interface, None where there is none."""
@@ -98,44 +101,51 @@ class TurboJpegLibrary:
 
     def read_header(self, data: bytes) -> tuple[int, int]:
         """Width and height of a grey or YCbCr JPEG. Raises Declined."""
-        handle = self._handle()
-        self._check(self._tj.tj3DecompressHeader(handle, data, len(data)), handle)
-        if self._tj.tj3Get(handle, COLOURS) in (CMYK, YCCK):
+        owner = self._decompressor()
+        tj, handle = self._tj, owner.number
+        owner.of = None
+        self._check(tj.tj3DecompressHeader(handle, data, len(data)), handle)
+        if tj.tj3Get(handle, COLOURS) in (CMYK, YCCK):
             raise Declined("CMYK")
-        return self._tj.tj3Get(handle, WIDTH), self._tj.tj3Get(handle, HEIGHT)
+        owner.of, owner.width, owner.height = data, tj.tj3Get(handle, WIDTH), tj.tj3Get(handle, HEIGHT)
+        return owner.width, owner.height
 
     def decode(self, data: bytes, *, box: tuple[float, float, float, float], fraction: int, channels: int,
-               memory: Callable[[int, int, int], U8]) -> tuple[U8, int, int]:
+               memory: Callable[[int, int, int], tuple[U8, int]]) -> tuple[U8, int, int]:
         """The part of a JPEG, decoded at 1 / fraction, that holds `box` (left, top, right, bottom in its pixels).
 
-        `memory` gives an array [h, w, channels] to decode into. Returns it, and the column and row of the decoded
-        image that it begins with. The values are those of a decode of the whole image. Raises Declined.
+        `memory` gives an array [h, w, channels] to decode into, and its address. Returns the array, and the column and
+        row of the decoded image that it begins with. The values are those of a decode of the whole image. Raises
+        Declined.
         """
-        tj, handle = self._tj, self._handle()
-        self._check(tj.tj3DecompressHeader(handle, data, len(data)), handle)
+        owner = self._decompressor()
+        if owner.of is not data:  # else this thread has just read its header
+            self.read_header(data)
+        tj, handle = self._tj, owner.number
+        owner.of = None
         mcu_width = MCU_WIDTH.get(tj.tj3Get(handle, SUBSAMPLING), 0)
         if not mcu_width:
             raise Declined("unusual chroma subsampling")
-        width, height = -(-tj.tj3Get(handle, WIDTH) // fraction), -(-tj.tj3Get(handle, HEIGHT) // fraction)
+        width, height = -(-owner.width // fraction), -(-owner.height // fraction)
         step = max(1, mcu_width // fraction)  # a region begins where a block of the JPEG does
         left = max(0, math.floor(box[0]) - MARGIN) // step * step
         top = max(0, math.floor(box[1]) - MARGIN)
         right = min(width, math.ceil(box[2]) + MARGIN)
         bottom = min(height, math.ceil(box[3]) + MARGIN)
-        pixels = memory(bottom - top, right - left, channels)
-        self._check(tj.tj3SetCroppingRegion(handle, _Region(0, 0, 0, 0)), handle)  # the last image's must not bind
+        pixels, address = memory(bottom - top, right - left, channels)
+        self._check(tj.tj3SetCroppingRegion(handle, WHOLE), handle)  # the last image's must not bind
         self._check(tj.tj3SetScalingFactor(handle, _Factor(1, fraction)), handle)
         if (left, top, right, bottom) != (0, 0, width, height):
             self._check(tj.tj3SetCroppingRegion(handle, _Region(left, top, right - left, bottom - top)), handle)
-        self._check(self._decompress(handle, data, len(data), pixels.ctypes.data, (right - left) * channels,
+        self._check(self._decompress(handle, data, len(data), address, (right - left) * channels,
                                      RGB if channels == 3 else GREY), handle)
         return pixels, left, top
 
-    def _handle(self) -> int:
-        owner: _Handle | None = getattr(self._of_thread, "owner", None)
+    def _decompressor(self) -> _Decompressor:
+        owner: _Decompressor | None = getattr(self._of_thread, "owner", None)
         if owner is None:
-            owner = self._of_thread.owner = _Handle(self._tj)
-        return owner.number
+            owner = self._of_thread.owner = _Decompressor(self._tj)
+        return owner
 
     def _check(self, code: int, handle: int) -> None:
         if code:
@@ -145,8 +155,11 @@ class TurboJpegLibrary:
             raise Declined(why)
 
 
-class _Handle:
-    """A decompressor, destroyed with its thread."""
+class _Decompressor:
+    """One of the library's, destroyed with its thread, and the image whose header it has read last."""
+
+    of: bytes | None = None
+    width = height = 0
 
     def __init__(self, tj: ctypes.CDLL) -> None:
         self._tj = tj
