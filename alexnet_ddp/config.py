@@ -32,7 +32,6 @@ class Config(s.Section):
     micro_batch: int = s.field(128, "bits", "samples per forward on one rank", ge=1)
     epochs: int = s.field(90, "order", "passes over the training data", ge=1)
     optim: s.OptimSection = s.field(s.OptimSection, "order", "how weights move")
-    ema: s.EmaSection = s.field(s.EmaSection, "order", "a running mean of the weights")
     schedule: s.ScheduleSection = s.field(s.ScheduleSection, "order", "lr(step)")
     amp: Literal["none", "bf16", "fp16"] = s.field("none", "bits", "automatic mixed precision of the forward")
     clip_norm: float | None = s.field(None, "order", "largest gradient norm; null: no clipping", gt=0.0)
@@ -182,6 +181,11 @@ KNOWN_ELSEWHERE = {  # written without _ and -
     "wd": "use optim.weight_decay",
     "workers": "use data.threads: images are decoded by threads, there are no worker processes",
     "numworkers": "use data.threads: images are decoded by threads, there are no worker processes",
+    "mixupalpha": "use augment.mixup",
+    "cutmixalpha": "use augment.cutmix",
+    "randomerase": "use augment.erasing",
+    "autoaugment": "use augment.policy: randaugment, or trivial for torchvision's ta_wide",
+    "ramagnitude": "use augment.policy_magnitude",
     "resume": "starting a run whose directory has a checkpoint resumes it; --fresh starts over",
     "arch": "use model.name",
     "gradaccum": "use micro_batch: a rank accumulates when its share of global_batch is larger",
@@ -192,9 +196,6 @@ KNOWN_ELSEWHERE = {  # written without _ and -
     "lrscheduler": "use schedule.name, or its section schedule",
     "normweightdecay": "use optim.decay_on=weights: no decay of biases and normalisation layers",
     "biasweightdecay": "use optim.decay_on=weights: no decay of biases and normalisation layers",
-    "modelema": "use ema.decay=0.9999",
-    "modelemadecay": "use ema.decay",
-    "modelemasteps": "use ema.steps",
     "maxlr": "use optim.lr: it is the peak of every schedule",
     "pctstart": "use schedule.rise",
     "decayepochs": "use schedule.step_epochs, or schedule.milestones with schedule.name=multistep",
@@ -289,6 +290,10 @@ def check(config: Config) -> None:
                             f"{' <= 1' if name == 'scale' else ''}, got [{low}, {high}].")
     if min(config.augment.std) <= 0:
         raise UserError(f"augment.std must be above 0 in every channel, got {list(config.augment.std)}.")
+    check_colours(config.augment)
+    if config.global_batch == 1 and (config.augment.mixup or config.augment.cutmix):
+        raise UserError("augment.mixup and augment.cutmix blend the images of a step with each other, got "
+                        "global_batch=1. Use a larger global_batch, or set both to 0.")
     if config.schedule.warmup_epochs >= config.epochs:
         raise UserError(f"schedule.warmup_epochs must be under epochs, got {config.schedule.warmup_epochs:g} of "
                         f"{config.epochs}: the whole run would be warmup.")
@@ -331,6 +336,22 @@ def check_schedule(config: Config) -> None:
         raise UserError(f"schedule.gamma is the factor of an epoch with schedule.name=exponential: {schedule.gamma:g} "
                         f"over {config.epochs} epochs leaves {left:.0e} of optim.lr, too little to move a weight. "
                         f"schedule.gamma={0.001 ** (1 / config.epochs):.3g} would leave a thousandth.")
+
+
+def check_colours(augment: s.AugmentSection) -> None:
+    """The principal components of lighting: both or none, and vectors that are unit and at right angles."""
+    values, vectors = augment.pca_eigenvalues, augment.pca_eigenvectors
+    if (values is None) != (vectors is None):
+        raise UserError("augment.pca_eigenvalues and augment.pca_eigenvectors belong together, got only one of them. "
+                        "Set both as `alexnet-ddp data stats` prints them, or none for ImageNet's.")
+    for row, vector in enumerate(vectors or ()):
+        for other, against in enumerate((vectors or ())[:row + 1]):
+            product = sum(a * b for a, b in zip(vector, against, strict=True))
+            if abs(product - (row == other)) > 0.01:
+                raise UserError(
+                    f"augment.pca_eigenvectors must be three rows of length 1 at right angles to each other, got a "
+                    f"product of {product:.3f} of rows {other + 1} and {row + 1}. Copy them from `alexnet-ddp data "
+                    "stats`.")
 
 
 def parse_duration(text: str) -> float:

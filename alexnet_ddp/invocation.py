@@ -73,7 +73,8 @@ def overfit(samples: int, name: str) -> list[str]:
     return [f"name={name}-overfit", f"data.limit={samples}", "data.val=null", f"global_batch={samples}",
             "epochs=300", "model.dropout=0", "label_smoothing=0", "optim.weight_decay=0",
             "augment.crop=center", "augment.flip=0", "augment.rotation=0", "augment.color_jitter=[0,0,0,0]",
-            "augment.pca_lighting=0", "schedule.name=constant", "schedule.warmup_epochs=0", "log.steps=10",
+            "augment.pca_lighting=0", "augment.policy=none", "augment.erasing=0", "augment.mixup=0",
+            "augment.cutmix=0", "schedule.name=constant", "schedule.warmup_epochs=0", "log.steps=10",
             "checkpoint.epochs=null", "clip_norm=1", f"limits.loss={OVERFIT_LOSS}"]
 
 

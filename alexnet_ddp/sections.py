@@ -45,6 +45,7 @@ class Section(BaseModel):
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
+Triple = tuple[float, float, float]
 
 
 class ModelSection(Section):
@@ -93,12 +94,24 @@ class AugmentSection(Section):
     resize: Literal["antialias", "fast"] = field(
         "antialias", "order", "antialias: bilinear as the reference recipes; fast: without antialiasing")
     flip: Probability = field(0.5, "order", "probability of a mirrored image")
+    policy: Literal["none", "randaugment", "trivial"] = field(
+        "none", "order", "operations drawn from torchvision's set: RandAugment (2019) or TrivialAugment Wide (2021)")
+    policy_ops: int = field(2, "order", "randaugment: operations an image, one after the other", ge=1, le=8)
+    policy_magnitude: int = field(9, "order", "randaugment: strength of all operations", ge=0, le=30)
     rotation: float = field(0.0, "order", "largest angle, degrees, drawn uniformly both ways", ge=0.0, le=180.0)
     color_jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0.0, le=0.5)]] = field(
         (0.0, 0.0, 0.0, 0.0), "order", "strengths of brightness, contrast, saturation, hue")
     pca_lighting: float = field(0.0, "order", "standard deviation of the 2012 paper's colour noise", ge=0.0)
+    pca_eigenvalues: tuple[Strength, Strength, Strength] | None = field(
+        None, "order", "of RGB's covariance, values 0..1, as `data stats` prints them; null: ImageNet's")
+    pca_eigenvectors: tuple[Triple, Triple, Triple] | None = field(
+        None, "order", "one a row, in the order of the eigenvalues; null: ImageNet's")
     mean: tuple[float, float, float] = field((0.485, 0.456, 0.406), "order", "per channel, of values 0..1")
     std: tuple[float, float, float] = field((0.229, 0.224, 0.225), "order", "per channel, of values 0..1")
+    erasing: Probability = field(0.0, "order", "probability of a box set to the mean (random erasing, 2020)")
+    mixup: float = field(0.0, "order", "alpha of the Beta distribution of mixup's shares (2018); 0: none", ge=0.0)
+    cutmix: float = field(
+        0.0, "order", "the same of CutMix (2019); with both above 0 each step is one or the other", ge=0.0)
 
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a running mean
@@ -130,14 +143,6 @@ class ScheduleSection(Section):
     rise: float = field(0.3, "order", "one_cycle: share of the steps on which it rises to optim.lr", gt=0.0, lt=1.0)
     div_factor: float = field(25.0, "order", "one_cycle: optim.lr / the first learning rate", ge=1.0)
     final_div_factor: float = field(1e4, "order", "one_cycle: the first learning rate / the last", ge=1.0)
-
-
-class EmaSection(Section):
-    decay: float | None = field(
-        None, "order", "share that a running mean of the weights keeps at an update, early on less: min(decay, (1 + n) "
-        "/ (10 + n)) after n updates; the mean is evaluated too, and best.safetensors holds it; null: no mean",
-        gt=0.0, lt=1.0)
-    steps: int = field(1, "order", "steps between two updates of the mean", ge=1)
 
 
 class CheckpointSection(Section):

@@ -159,9 +159,8 @@ class Console:
             show(line)
 
     def evaluate(self, record: Record) -> None:
-        mean = f"  of the weights' mean {record['ema_top1']:.2%}" if "ema_top1" in record else ""
         self.line(f"epoch {record['epoch']}  step {record['step']}  held-out top-1 {record['top1']:.2%} "
-                  f"({record['correct1']} of {record['samples']}){mean}  top-5 {record['top5']:.2%}  "
+                  f"({record['correct1']} of {record['samples']})  top-5 {record['top5']:.2%}  "
                   f"loss {record['loss']:.4f}  in {record['seconds']:.1f} s")
 
     def line(self, text: str) -> None:
@@ -180,14 +179,15 @@ def duration(seconds: float) -> str:
 
 
 class Trace:
-    """trace/rank_N.jsonl: the sample ids, views (as `decode.View`) and flips of every step on one rank."""
+    """trace/rank_N.jsonl: the sample ids, views (as `decode.View`) and flips of every step on one rank, and what else
+    was drawn for them (boxes erased, operations of a policy, whom they were mixed with)."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"rank_{rank}.jsonl").open("a", encoding="utf-8")
 
-    def write(self, step: int, *, samples: list[int], views: list[list[int]], flips: list[bool]) -> None:
-        self._file.write(json.dumps({"step": step, "samples": samples, "views": views, "flips": flips}) + "\n")
+    def write(self, step: int, *, samples: list[int], views: list[list[int]], flips: list[bool], **more: Any) -> None:
+        self._file.write(json.dumps({"step": step, "samples": samples, "views": views, "flips": flips, **more}) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib import metadata
 
 import numpy as np
 import torch
@@ -29,15 +30,14 @@ from alexnet_ddp.data.decoding import stages
 from alexnet_ddp.data.decoding.decode import create_decoder
 from alexnet_ddp.data.feed import Feed, device_cache, sweep, training_records, what_binds
 from alexnet_ddp.data.loader import Batch, Loader, Times, decode_threads
+from alexnet_ddp.data.mixing import mix
 from alexnet_ddp.data.order import check_owner
 from alexnet_ddp.data.randomness import dropout_rows, key
 from alexnet_ddp.data.records import Records, StoredRecords
-from alexnet_ddp.data.training import Data, has_single_samples, largest_part, open_data, training_works
+from alexnet_ddp.data.training import Data, has_single_samples, largest_part, most_rows, open_data, told, training_works
 from alexnet_ddp.distributed import World, everywhere, first_on_node, on_rank_0
-from alexnet_ddp.ema import Ema, decay_at
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
-from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, record_of, view_of
-from alexnet_ddp.loss import Targets
+from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, view_of
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models import create_model
 from alexnet_ddp.optim import create_optimizer, create_scaler, named_state
@@ -168,8 +168,11 @@ class Trainer:
             assignment=config.data.assignment, amp=config.amp, deterministic=config.deterministic)
 
     def _pixels(self) -> str:
-        """Whose versions the pixels hang on: the decoder's, and of what makes a stage that may be made at each read."""
+        """Whose versions the pixels hang on: the decoder's, of what makes a stage that may be made at each read, and of
+        whose operations a policy is."""
         made = f"{self.decoder.name} {self.decoder.version}"
+        if self.config.augment.policy != "none":
+            made += f", torchvision {metadata.version('torchvision')}"
         return made if self.config.data.stored == "original" else f"{made}, {stages.VERSIONS}"
 
     def prepare(self, *, accept_changes: bool) -> bool:
@@ -190,8 +193,7 @@ class Trainer:
         self.reseed = replica.has_torch_dropout(net)
         self.step = Step(wrap(net, world.device), create_optimizer(net, config.optim),
                          create_scaler(config.amp, world.device), amp=config.amp, clip_norm=config.clip_norm,
-                         tick=self._tick, smoothing=config.label_smoothing,
-                         ema=None if config.ema.decay is None else Ema(net))  # net: the same on all ranks by now
+                         tick=self._tick, smoothing=config.label_smoothing)
         self.window = Window(config.log.steps, device=world.device)
         self.augment = Augment(config.augment, channels=config.model.in_channels, device=world.device)
         self.agreement = distributed.Agreement(world)
@@ -241,7 +243,7 @@ class Trainer:
             config, data, rank=world.rank, world=world.size, neighbours=neighbours, say=say))
         kept = everywhere(world, lambda: device_cache(
             config, data, rank=world.rank, world=world.size, device=world.device,
-            most_rows=largest_part(config, world=world.size)))
+            most_rows=most_rows(config, world=world.size)))
         self.feed = self._feed(records, data.train.labels, crop=config.augment.crop, kept=kept)
         if val := data.val:
             crop = "squash" if evaluates_squashed(config.evaluate, config.augment) else "center"
@@ -262,8 +264,7 @@ class Trainer:
             assert self.directory is not None
             lineage = lineage_of(config, start=self.start, numeric=self.numeric, identities=self.data.identities,
                                  decoder=self.decoder.name)
-            tensors = TrainState(model=net.state_dict(), optimizer=named_state(net, self.step.optimizer),
-                                 ema=self.step.mean)
+            tensors = TrainState(model=net.state_dict(), optimizer=named_state(net, self.step.optimizer))
             made.append(Report(config, self.directory, start=self.start, place=self.place, state=tensors,
                                lineage=lineage, world=world, total_steps=self.total_steps))
             made[0].greet(data=self.data, world=world, device=self.numeric["device"], step=self.place["step"],
@@ -292,7 +293,7 @@ class Trainer:
 
     def _loop(self) -> str:
         """Steps until done; returns why it stopped early, or ""."""
-        rows = largest_part(self.config, world=self.world.size)
+        rows = most_rows(self.config, world=self.world.size)
         with self.feed.loader(rows=rows) as loader:
             batches = loader.run(training_works(self.config, self.data, first_step=self.place["step"],
                                                 rank=self.world.rank, world=self.world.size))
@@ -323,8 +324,7 @@ class Trainer:
             torch.manual_seed(int(key(self.config.seed, step, "torch", self.world.rank) >> 1))
         self._tick("data")
         with sync_debug(self.config.log.sync_debug and self.world.on_gpu):
-            self.step(self._micro_batches(batches, step), lr=self.rate, planned=plan.count, window=self.window,
-                      ema_decay=decay_at(step, self.config.ema))
+            self.step(self._micro_batches(batches, step), lr=self.rate, planned=plan.count, window=self.window)
 
         position = plan.first + plan.count
         over = position == self.order.samples
@@ -345,13 +345,12 @@ class Trainer:
             assert work.step == step and work.draws is not None
             last = work.micro == work.micros - 1
             if self.trace is not None:
-                self.trace.write(step, samples=work.samples.tolist(), views=batch.views.tolist(),
-                                 flips=work.draws.flip.tolist())
+                self.trace.write(step, **told(work, batch.views, section=self.config.augment))
             images, labels = self.feed.transfer(batch)
-            rows = torch.from_numpy(dropout_rows(work.samples, seed=self.config.seed, step=step))
-            pixels = self.augment(images, work.draws)
+            rows = torch.from_numpy(dropout_rows(work.samples[work.own], seed=self.config.seed, step=step))
+            pixels, targets = mix(self.augment(images, work.draws), labels, work.mixing)
             pixels = faults.spoil(pixels, self.config.fault, step=step, rank=self.world.rank)
-            yield MicroBatch(pixels, Targets(labels), rows.to(self.world.device, non_blocking=True), last)
+            yield MicroBatch(pixels, targets, rows.to(self.world.device, non_blocking=True), last)
 
     # ------------------------------------------------------------------------------------------------------------
     # Agreeing, logging
@@ -424,18 +423,16 @@ class Trainer:
         with self.held_out.loader(rows=batch * TILE) as loader:
             found = evaluate(self.step.net.module, loader, samples=len(self.data.val), batch=batch,
                              choose=view_of(self.config.evaluate, self.config.augment), augment=self.augment,
-                             world=self.world, transfer=self.held_out.transfer, carry_on=carry_on, tick=self._tick,
-                             weights=[{}, self.step.mean] if self.step.mean else [{}])
+                             world=self.world, transfer=self.held_out.transfer, carry_on=carry_on, tick=self._tick)
         if found is None:
             return False
         best = self.place["best"]
-        top1 = found[-1].top1  # where there is a mean of the weights, its own decides
-        self.improved = best is None or top1 > best["top1"]
+        self.improved = best is None or found.top1 > best["top1"]
         self.place |= {"phase": "train", "evaluated_step": step,
-                       "best": {"top1": top1, "step": step} if self.improved else best}
+                       "best": {"top1": found.top1, "step": step} if self.improved else best}
         if self.report is not None:
-            self.report.evaluation({"step": step, "epoch": self.place["epoch"], **record_of(*found),
-                                    "seconds": time.perf_counter() - began})
+            self.report.evaluation({"step": step, "epoch": self.place["epoch"], **asdict(found), "top1": found.top1,
+                                    "top5": found.top5, "seconds": time.perf_counter() - began})
         self.window_began += time.perf_counter() - began  # the window's rate is that of training
         return True
 

@@ -1,13 +1,17 @@
-"""The device's share of augmentation, on whole uint8 batches: flip, rotate, colour jitter, lighting, normalise.
+"""The device's share of augmentation, on whole uint8 batches, in this order:
 
-Parameters were drawn on the host (`randomness.Draws`); nothing here draws. Formulas and order of operations are
-torchvision's (RandomHorizontalFlip, RandomRotation with nearest neighbours and black corners, ColorJitter), in
-float32 without rounding to uint8 in between; lighting is Krizhevsky et al. 2012, section 4.1.
+    flip -> policy (RandAugment, TrivialAugment) -> rotation -> colour jitter -> lighting -> normalise -> erasing
+
+(and after it mixup or CutMix, in `mixing`). Parameters were drawn on the host (`randomness.Draws`); nothing here draws.
+Formulas are torchvision's (RandomHorizontalFlip, RandomRotation with nearest neighbours and black corners, ColorJitter,
+RandomErasing), from the rotation on in float32 without rounding to uint8 in between; lighting is Krizhevsky et al.
+2012, section 4.1.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +21,12 @@ from torch import Tensor
 from alexnet_ddp.data.randomness import Draws
 from alexnet_ddp.sections import AugmentSection
 
+if TYPE_CHECKING:
+    from alexnet_ddp.data.policy import Policy
+
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights (ITU-R BT.601)
 # Eigenvectors (columns) and eigenvalues of ImageNet's RGB covariance, values 0..1, as published with fb.resnet.torch
-# and used by every peer since; `data stats` gives those of other data.
+# and used by every peer since; `data stats` gives those of other data, for augment.pca_eigenvalues and _eigenvectors.
 PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 PCA_EIGENVALUES = (0.2175, 0.0188, 0.0045)
 
@@ -30,12 +37,19 @@ class Augment:
     def __init__(self, section: AugmentSection, *, channels: int, device: torch.device) -> None:
         self._section, self._device = section, device
         mean, std = np.asarray(section.mean), np.asarray(section.std)
-        colours = np.asarray(PCA_VECTORS) * np.asarray(PCA_EIGENVALUES)  # [channel, component]
+        values = PCA_EIGENVALUES if section.pca_eigenvalues is None else section.pca_eigenvalues
+        vectors = PCA_VECTORS if section.pca_eigenvectors is None else np.transpose(section.pca_eigenvectors)
+        colours = np.asarray(vectors) * np.asarray(values)  # [channel, component]
         if channels == 1:  # grey nets see the luminance
             mean, std, colours = (np.asarray([GREY]) @ values for values in (mean, std, colours))
         self._scale = self._tensor(1.0 / std).view(1, -1, 1, 1)
         self._bias = self._tensor(-mean / std).view(1, -1, 1, 1)
         self._colours = self._tensor(colours)
+        self._policy: Policy | None = None
+        if section.policy != "none":
+            from alexnet_ddp.data.policy import Policy  # torchvision takes a while to import
+
+            self._policy = Policy(section, device=device)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self._device, non_blocking=True)
@@ -46,20 +60,34 @@ class Augment:
         `draws` is None for evaluation: normalised only.
         """
         section = self._section
-        pixels = images.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
-        if draws is not None and len(pixels):
+        drawn = draws if draws is not None and len(images) else None
+        if drawn is not None:
             if section.flip > 0:
-                mirrored = torch.from_numpy(draws.flip).to(self._device, non_blocking=True)
-                pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+                mirrored = torch.from_numpy(drawn.flip).to(self._device, non_blocking=True)
+                images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(2), images)
+            if self._policy is not None:
+                images = self._policy(images, drawn.policy)
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+        if drawn is not None:
             if section.rotation > 0:
-                pixels = rotate(pixels, self._tensor(draws.angle))
+                pixels = rotate(pixels, self._tensor(drawn.angle))
             if any(section.color_jitter):
-                pixels = self._jitter(pixels, draws)
+                pixels = self._jitter(pixels, drawn)
             if section.pca_lighting > 0:
                 # per image: the sum over i of p_i * a_i * lambda_i, added to its RGB values 0..1
-                added = self._tensor(draws.lighting) @ self._colours.T
+                added = self._tensor(drawn.lighting) @ self._colours.T
                 pixels = pixels + added[:, :, None, None]
-        return torch.addcmul(self._bias, pixels, self._scale)
+        pixels = torch.addcmul(self._bias, pixels, self._scale)
+        if drawn is not None and section.erasing > 0:
+            pixels.masked_fill_(self._erased(drawn), 0.0)
+        return pixels
+
+    def _erased(self, draws: Draws) -> Tensor:
+        """Which pixels lie in their image's box: bool [n, 1, s, s]."""
+        boxes = torch.from_numpy(draws.erased).to(self._device, non_blocking=True)[..., None]
+        steps = torch.arange(self._section.size, device=self._device)
+        down, across = ((steps >= boxes[:, side]) & (steps < boxes[:, side] + boxes[:, side + 2]) for side in (0, 1))
+        return (down[:, :, None] & across[:, None, :]).unsqueeze(1)
 
     def _jitter(self, pixels: Tensor, draws: Draws) -> Tensor:
         operations = (brightness, contrast, saturation, hue)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from alexnet_ddp.data.decoding.decode import DamagedImage, Decoder
 from alexnet_ddp.data.decoding.views import ChooseView, Views
+from alexnet_ddp.data.mixing import Mixing
 from alexnet_ddp.data.randomness import Draws
 from alexnet_ddp.data.raw import TOP, Y, only_cut
 from alexnet_ddp.data.records import Records
@@ -36,7 +37,10 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Work:
-    """One micro-batch to be made: which samples, and how each is shown. `micro` counts from 0 to `micros` - 1."""
+    """One micro-batch to be made: which samples, and how each is shown. `micro` counts from 0 to `micros` - 1.
+
+    The last `guests` samples are of other micro-batches or ranks, and only there for the others to be mixed with.
+    """
 
     step: int
     micro: int
@@ -46,6 +50,13 @@ class Work:
     draws: Draws | None = None
     mask: NDArray[np.bool_] | None = None  # evaluation: rows that count (the rest is padding)
     choose_all: Callable[[int, int], Views] | None = None  # `choose` of all rows at once, for images of one size
+    guests: int = 0
+    mixing: Mixing | None = None
+
+    @property
+    def own(self) -> slice:
+        """The rows that are trained on."""
+        return slice(0, len(self.samples) - self.guests)
 
     def views(self, width: int, height: int) -> Views:
         """All views, where all images have this size: int32 [n, 8]."""

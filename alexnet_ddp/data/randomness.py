@@ -58,6 +58,9 @@ def normal(keys: U64, count: int) -> F64:
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 CROP_DRAWS = 4 * CROP_TRIES
+ERASING_TRIES = 10  # as torchvision's RandomErasing, whose ranges these are
+ERASED_SHARE, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # of the area; height / width
+OPERATIONS, BINS = 14, 31  # of torchvision's RandAugment and TrivialAugmentWide: operations, strengths of each
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,20 @@ class Draws:
     jitter: NDArray[np.float32]  # [n, 4]: factors of brightness, contrast, saturation; shift of hue in turns
     jitter_order: NDArray[np.int64]  # [n, 4]: a permutation of the four operations per sample
     lighting: NDArray[np.float32]  # [n, 3]: standard normal times pca_lighting
+    erased: NDArray[np.int64]  # [n, 4]: top, left, height, width of the box; all 0 where there is none
+    policy: NDArray[np.int64]  # [n, policy_ops, 3]: number of the operation, bin of its strength, sign (1 or -1)
 
     def __getitem__(self, part: slice) -> Draws:
         return Draws(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
 
 
 def draw(samples: NDArray[np.int64], *, seed: int, epoch: int, flip: float, rotation: float,
-         color_jitter: tuple[float, float, float, float], pca_lighting: float, crop: int = CROP_DRAWS) -> Draws:
+         color_jitter: tuple[float, float, float, float], pca_lighting: float, crop: int = CROP_DRAWS,
+         erasing: float = 0.0, size: int = 224, policy_ops: int = 0) -> Draws:
     """Draws of the samples (ids, int64 [n]) in one epoch; strengths as in the recipe's `augment` section.
 
-    `crop`: how many draws the crop takes, the first so many of CROP_DRAWS. What has no strength isn't drawn, and moves
-    no other draw.
+    `crop`: how many draws the crop takes, the first so many of CROP_DRAWS. `size`: pixels a side, of which `erasing`
+    takes a box. `policy_ops`: operations an image. What has no strength isn't drawn, and moves no other draw.
     """
     def purpose(name: str) -> U64:
         return key(seed, epoch, name, samples)
@@ -103,7 +109,34 @@ def draw(samples: NDArray[np.int64], *, seed: int, epoch: int, flip: float, rota
         jitter_order=turns,
         lighting=(normal(purpose("lighting"), 3) * pca_lighting).astype(np.float32) if pca_lighting else
         np.zeros((n, 3), np.float32),
+        erased=erased_boxes(uniform(purpose("erasing"), 1 + 4 * ERASING_TRIES), erasing, size=size) if erasing else
+        np.zeros((n, 4), np.int64),
+        policy=_operations(uniform(purpose("policy"), 3 * policy_ops).reshape(n, policy_ops, 3)),
     )
+
+
+def erased_boxes(draws: F64, probability: float, *, size: int) -> NDArray[np.int64]:
+    """Draws [n, 1 + 4 * ERASING_TRIES] -> boxes int64 [n, 4] (top, left, height, width), 0 for images left whole.
+
+    Algorithm 1 of Zhong et al. 2020 as torchvision's RandomErasing has it: the first try whose box is smaller than the
+    image is taken, and where none is nothing is erased.
+    """
+    share, ratio, down, across = np.moveaxis(draws[:, 1:].reshape(len(draws), ERASING_TRIES, 4), 2, 0)
+    area = size * size * (ERASED_SHARE[0] + share * (ERASED_SHARE[1] - ERASED_SHARE[0]))
+    low, high = np.log(ERASED_RATIO)
+    shape = np.exp(low + ratio * (high - low))
+    height, width = np.rint(np.sqrt(area * shape)), np.rint(np.sqrt(area / shape))
+    top, left = np.floor(down * (size - height + 1)), np.floor(across * (size - width + 1))
+    fits = (height < size) & (width < size)
+    boxes = np.stack([top, left, height, width], axis=2)[np.arange(len(draws)), fits.argmax(axis=1)]
+    erased = (draws[:, 0] < probability) & fits.any(axis=1)
+    return np.where(erased[:, None], boxes, 0).astype(np.int64)
+
+
+def _operations(draws: F64) -> NDArray[np.int64]:
+    """Draws [n, ops, 3] -> int64 [n, ops, 3], as Draws.policy: each operation, bin and sign equally likely."""
+    return np.stack([np.floor(draws[..., 0] * OPERATIONS), np.floor(draws[..., 1] * BINS),
+                     np.where(draws[..., 2] < 0.5, -1, 1)], axis=-1).astype(np.int64)
 
 
 def dropout_rows(samples: NDArray[np.int64], *, seed: int, step: int) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from alexnet_ddp.data.decoding import views
 from alexnet_ddp.data.decoding.views import ChooseView, View, Views
 from alexnet_ddp.data.index import Index, check_pair, open_index
 from alexnet_ddp.data.loader import Work, micro_batches
+from alexnet_ddp.data.mixing import Mixing, draw_mixing, mixes, most_guests, with_guests
 from alexnet_ddp.data.order import Order
 from alexnet_ddp.data.randomness import CROP_DRAWS, Draws, draw
 from alexnet_ddp.errors import UserError
@@ -96,26 +98,76 @@ def training_views(section: AugmentSection, draws: Draws, width: int, height: in
     return np.tile(np.array(view, np.int32), (len(draws.flip), 1))
 
 
+def draws_of(section: AugmentSection, ids: I64, *, seed: int, epoch: int) -> Draws:
+    """All that the recipe's augmentation draws for these samples in one epoch."""
+    return draw(ids, seed=seed, epoch=epoch, flip=section.flip, rotation=section.rotation,
+                color_jitter=section.color_jitter, pca_lighting=section.pca_lighting, crop=DRAWS_OF[section.crop],
+                erasing=section.erasing, size=section.size,
+                policy_ops={"none": 0, "trivial": 1, "randaugment": section.policy_ops}[section.policy])
+
+
 def training_works(config: Config, data: Data, *, first_step: int, rank: int, world: int) -> Iterator[Work]:
     """A rank's micro-batches from `first_step` to the run's end; every step has at least one, perhaps empty."""
     order, section = data.order, config.augment
     last_step = config.epochs * order.steps_per_epoch
     for steps in blocks(first_step, last_step, steps_per_epoch=order.steps_per_epoch, of=config.global_batch):
         epoch = order.plan(steps[0]).epoch
-        positions, bounds = order.parts(steps, rank=rank, world=world, assignment=config.data.assignment)
-        ids = order.samples_at(epoch, positions)
+        cuts = _with_all_guests(config, order, steps, *order.parts(steps, rank=rank, world=world,
+                                                                   assignment=config.data.assignment))
+        ids = order.samples_at(epoch, np.concatenate([cut.positions for cut in cuts]))
         if data.train_ids is not None:
             ids = data.train_ids[ids]
-        draws = draw(ids, seed=config.seed, epoch=epoch, flip=section.flip, rotation=section.rotation,
-                     color_jitter=section.color_jitter, pca_lighting=section.pca_lighting, crop=DRAWS_OF[section.crop])
-        for step, first, last in zip(steps, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            cuts = micro_batches(ids[first:last], config.micro_batch)
-            for number, cut in enumerate(cuts):
-                rows = slice(first + cut.start, first + cut.stop)
-                drawn = draws[rows]
-                yield Work(step=step, micro=number, micros=len(cuts), samples=ids[rows], draws=drawn,
-                           choose=partial(training_view, section, drawn),
-                           choose_all=partial(training_views, section, drawn))
+        draws, first = draws_of(section, ids, seed=config.seed, epoch=epoch), 0
+        for cut in cuts:
+            rows = slice(first, first + len(cut.positions))
+            drawn, first = draws[rows], rows.stop
+            yield Work(step=cut.step, micro=cut.micro, micros=cut.micros, samples=ids[rows], draws=drawn,
+                       choose=partial(training_view, section, drawn),
+                       choose_all=partial(training_views, section, drawn), guests=cut.guests, mixing=cut.mixing)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A micro-batch before its samples are known: positions in the epoch, of guests last."""
+
+    step: int
+    micro: int
+    micros: int
+    positions: I64
+    guests: int = 0
+    mixing: Mixing | None = None
+
+
+def _with_all_guests(config: Config, order: Order, steps: range, positions: I64, bounds: I64) -> list[_Cut]:
+    """The micro-batches of a rank's parts of `steps` (as Order.parts gives them), with the guests that they need."""
+    found = []
+    for step, first, last in zip(steps, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        mixing = draw_mixing(config.augment, seed=config.seed, step=step) if mixes(config.augment) else None
+        plan, cuts = order.plan(step), micro_batches(positions[first:last], config.micro_batch)
+        for number, cut in enumerate(cuts):
+            own = positions[first:last][cut]
+            if mixing is None:
+                found.append(_Cut(step, number, len(cuts), own))
+                continue
+            mine, guests = with_guests(mixing, own, first=plan.first, count=plan.count)
+            found.append(_Cut(step, number, len(cuts), np.concatenate([own, guests]), len(guests), mine))
+    return found
+
+
+def told(work: Work, shown: Views, *, section: AugmentSection) -> dict[str, Any]:
+    """What a micro-batch is trained on, for a trace: of its own samples, what was drawn for each; and how they were
+    mixed, whose partners' draws are found by their ids."""
+    assert work.draws is not None
+    own = work.draws[work.own]
+    words: dict[str, Any] = {"samples": work.samples[work.own].tolist(), "views": shown[work.own].tolist(),
+                             "flips": own.flip.tolist()}
+    if section.erasing > 0:
+        words["erased"] = own.erased.tolist()
+    if section.policy != "none":
+        words["policy"] = own.policy.tolist()
+    if work.mixing is not None:
+        words |= work.mixing.told(work.samples)
+    return words
 
 
 def blocks(first: int, last: int, *, steps_per_epoch: int, of: int) -> Iterator[range]:
@@ -138,6 +190,14 @@ def has_single_samples(config: Config, order: Order, *, world: int) -> bool:
 
 
 def largest_part(config: Config, *, world: int) -> int:
-    """The most samples one micro-batch of a rank can hold: what a slot must have room for."""
+    """The most samples one micro-batch of a rank can hold."""
     whole = config.global_batch if config.data.assignment == "owner" else -(-config.global_batch // world)
     return min(config.micro_batch, whole)
+
+
+def most_rows(config: Config, *, world: int) -> int:
+    """The most images one micro-batch of a rank can hold, guests included: what a slot must have room for."""
+    own = largest_part(config, world=world)
+    if not mixes(config.augment):
+        return own
+    return own + most_guests(own, assignment=config.data.assignment, global_batch=config.global_batch)

@@ -23,7 +23,8 @@ def section(**changes: object) -> AugmentSection:
 
 def drawn(section: AugmentSection, n: int = N) -> Draws:
     return draw(np.arange(n), seed=0, epoch=1, flip=section.flip, rotation=section.rotation,
-                color_jitter=section.color_jitter, pca_lighting=section.pca_lighting)
+                color_jitter=section.color_jitter, pca_lighting=section.pca_lighting, erasing=section.erasing,
+                size=SIZE, policy_ops=0 if section.policy == "none" else 2)
 
 
 @pytest.fixture
@@ -152,6 +153,37 @@ def test_lighting(images: Tensor) -> None:
     assert np.abs(vectors.T @ vectors - np.eye(3)).max() < 1e-3  # eigenvectors, columns
 
 
+def test_lighting_of_other_data(images: Tensor) -> None:
+    """Eigenvalues and eigenvectors of a recipe are used in place of ImageNet's: one vector a row, as `data stats`
+    prints them."""
+    values, rows = (0.3, 0.02, 0.001), ((0.6, 0.8, 0.0), (-0.8, 0.6, 0.0), (0.0, 0.0, 1.0))
+    lit = section(pca_lighting=0.1, pca_eigenvalues=values, pca_eigenvectors=rows)
+    draws = drawn(lit)
+    expected = planes(images).double()
+    for image, amounts in zip(expected, draws.lighting.tolist(), strict=True):
+        for amount, value, vector in zip(amounts, values, rows, strict=True):
+            image += amount * value * torch.tensor(vector, dtype=torch.float64)[:, None, None]
+    found = Augment(lit, channels=3, device=CPU)(images, draws)
+    close(found, normalised(expected, lit).float())
+    published = section(pca_lighting=0.1, pca_eigenvalues=PCA_EIGENVALUES,
+                        pca_eigenvectors=np.transpose(PCA_VECTORS).tolist())
+    assert torch.equal(Augment(published, channels=3, device=CPU)(images, draws),
+                       Augment(section(pca_lighting=0.1), channels=3, device=CPU)(images, draws))
+
+
+def test_erasing(images: Tensor) -> None:
+    """The box of each image that has one is 0 after normalisation, as torchvision's erase makes it; all else stays."""
+    boxed = section(erasing=0.6)
+    draws = drawn(boxed)
+    whole = Augment(section(), channels=3, device=CPU)(images, None)
+    found = Augment(boxed, channels=3, device=CPU)(images, draws)
+    assert 0 < draws.erased.any(1).sum() < N
+    for image, mine, (top, left, height, width) in zip(whole, found, draws.erased.tolist(), strict=True):
+        assert torch.equal(mine, theirs.erase(image, top, left, height, width, torch.zeros(1, 1, 1)))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(Augment(boxed, channels=3, device=CPU)(images, None), whole)  # evaluation sees all
+
+
 def test_order_of_operations(images: Tensor) -> None:
     """All together: flip, rotation, colours, lighting, normalisation, in this order."""
     full = section(flip=0.5, rotation=30, color_jitter=[0.2, 0.2, 0.2, 0.1], pca_lighting=0.1)
@@ -169,7 +201,8 @@ def test_order_of_operations(images: Tensor) -> None:
 
 def test_an_image_s_neighbours_don_t_matter(images: Tensor) -> None:
     """Augmented alone, in pieces or in a batch, an image comes out the same to the bit, and the input is untouched."""
-    full = section(flip=0.5, rotation=30, color_jitter=[0.2, 0.2, 0.2, 0.1], pca_lighting=0.1)
+    full = section(flip=0.5, rotation=30, color_jitter=[0.2, 0.2, 0.2, 0.1], pca_lighting=0.1, policy="randaugment",
+                   erasing=0.5)
     draws, before = drawn(full), images.clone()
     transform = Augment(full, channels=3, device=CPU)
     whole = transform(images, draws)
@@ -180,7 +213,8 @@ def test_an_image_s_neighbours_don_t_matter(images: Tensor) -> None:
 
 def test_empty_batch() -> None:
     """A rank without samples gets an empty batch of the right shape through, in training and evaluation."""
-    full = section(flip=0.5, rotation=30, color_jitter=[0.2, 0.2, 0.2, 0.1], pca_lighting=0.1)
+    full = section(flip=0.5, rotation=30, color_jitter=[0.2, 0.2, 0.2, 0.1], pca_lighting=0.1, policy="randaugment",
+                   erasing=0.5)
     for channels in (1, 3):
         transform = Augment(full, channels=channels, device=CPU)
         empty = torch.empty(0, SIZE, SIZE, channels, dtype=torch.uint8)

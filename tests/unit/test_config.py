@@ -202,6 +202,13 @@ def test_name_is_the_files(recipe: Path) -> None:
     (["augment.scale=[0.5, 1.5]"], "<= 1"),
     (["augment.ratio=[0, 1]"], "augment.ratio must be"),
     (["augment.std=[0.2, 0, 0.2]"], "augment.std must be above 0"),
+    (["augment.pca_eigenvalues=[0.2, 0.02, 0.002]"], "got only one of them"),
+    (["augment.pca_eigenvalues=[1, 1, 1]", "augment.pca_eigenvectors=[[1,0,0],[0,1,0],[0,1,0]]"],
+     "got a product of 1.000 of rows 2 and 3"),
+    (["augment.pca_eigenvalues=[1, 1, 1]", "augment.pca_eigenvectors=[[1,0,0],[0,2,0],[0,0,1]]"],
+     "got a product of 4.000 of rows 2 and 2"),
+    (["augment.mixup=0.2", "global_batch=1"], "Use a larger global_batch"),
+    (["augment.cutmix=1", "global_batch=1"], "Use a larger global_batch"),
     (["epochs=3", "schedule.warmup_epochs=3"], "schedule.warmup_epochs must be under epochs"),
     (["schedule.name=cosine", "schedule.eta_min=0.5", "optim.lr=0.1"], "schedule.eta_min must not exceed"),
     (["schedule.name=polynomial", "schedule.eta_min=0.5", "optim.lr=0.1"], "schedule.eta_min must not exceed"),
@@ -293,10 +300,12 @@ def test_every_field_is_compared() -> None:
         "data.assignment": "owner", "augment.crop": "center", "augment.scale": [0.1, 1.0], "augment.ratio": [0.5, 2.0],
         "augment.color_jitter": [0.1, 0, 0, 0], "augment.mean": [0.5, 0.5, 0.5], "augment.std": [0.5, 0.5, 0.5],
         "optim.name": "adamw", "optim.betas": [0.9, 0.99], "optim.decay_on": "weights",
-        "ema.decay": 0.9, "schedule.name": "cosine", "schedule.milestones": [5.0],
+        "schedule.name": "cosine", "schedule.milestones": [5.0],
         "amp": "bf16", "clip_norm": 1.0, "checkpoint.minutes": None, "checkpoint.steps": 7,
         "evaluate.crop": "squash", "device": "cpu", "deadline": "4h", "fault.kind": "inf", "fault.at": "save",
         "fault.signal": "INT", "model.in_channels": 1, "model.dropout": 0.25, "augment.flip": 0.25,
+        "augment.policy": "trivial", "augment.pca_eigenvalues": [0.2, 0.02, 0.002],
+        "augment.pca_eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
     }
     alone = {"data.cache", "data.on_error", "augment.resize", "evaluate.crops"}  # one value so far
     base = recipes.build({"name": "a", "data": {"train": "/x"}})

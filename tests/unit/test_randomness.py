@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from alexnet_ddp.data import randomness
 from alexnet_ddp.data.randomness import CROP_DRAWS, Draws, draw, dropout_rows, key, normal, uniform
@@ -81,6 +82,14 @@ def test_purposes_don_t_touch_each_other() -> None:
     assert not plain.angle.any()
     assert not plain.lighting.any()
     assert np.array_equal(plain.jitter, np.tile(np.float32([1, 1, 1, 0]), (50, 1)))
+    assert not plain.erased.any()
+    assert plain.policy.shape == (50, 0, 3)
+    more = draw(samples, seed=0, epoch=0, **STRENGTHS, erasing=0.5, size=64, policy_ops=3)
+    for name in set(FIELDS) - {"erased", "policy"}:
+        assert np.array_equal(getattr(more, name), getattr(whole, name)), name
+    one = draw(samples, seed=0, epoch=0, **STRENGTHS, erasing=1.0, size=64, policy_ops=1)
+    assert np.array_equal(one.policy, more.policy[:, :1])
+    assert np.array_equal(one.erased[more.erased.any(1)], more.erased[more.erased.any(1)])
     twice = draw(samples, seed=0, epoch=0, **{**STRENGTHS, "rotation": 20.0})
     assert twice.angle == pytest.approx(2 * whole.angle)
 
@@ -148,6 +157,70 @@ def test_all_orders_of_jitter_are_equally_likely() -> None:
     assert len(orders) == 24
     assert ((counts - 1000) ** 2 / 1000).sum() < 50  # 23 degrees of freedom
     assert (np.sort(drawn.jitter_order, axis=1) == np.arange(4)).all()
+
+
+def test_golden_values_of_erasing_and_policy() -> None:
+    """These numbers never change, like those above."""
+    drawn = draw(np.array([0, 1, 99]), seed=3, epoch=2, **STRENGTHS, erasing=0.9, size=64, policy_ops=2)
+    assert drawn.erased.tolist() == [[15, 12, 43, 25], [11, 20, 31, 16], [10, 49, 33, 11]]
+    assert drawn.policy.tolist() == [[[10, 1, 1], [7, 10, -1]], [[1, 20, 1], [8, 22, -1]], [[13, 21, 1], [11, 27, 1]]]
+
+
+def test_operations_are_equally_likely() -> None:
+    """Each of the 14 operations, 31 bins and 2 signs comes as often as the others, whatever the others are."""
+    found = draw(np.arange(31_000), seed=1, epoch=0, **STRENGTHS, policy_ops=2).policy
+    cells = np.ravel_multi_index((found[:, 0, 0], found[:, 1, 0]), (14, 14)), np.ravel_multi_index(
+        (found[:, 0, 1], found[:, 0, 2] // 2 + 1), (31, 2))
+    for cell, count in zip(cells, (196, 62), strict=True):
+        counts = np.bincount(cell, minlength=count)
+        expected = len(found) / count
+        assert len(counts) == count
+        assert ((counts - expected) ** 2 / expected).sum() < count + 5 * np.sqrt(2 * count)
+
+
+@pytest.mark.parametrize("size", [16, 224])
+def test_erased_boxes_are_torchvision_s(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """torchvision's RandomErasing, fed with our uniform draws in its order, takes the same boxes: all but one in a
+    thousand, whose side its float32 rounds the other way by one pixel."""
+    from torchvision.transforms.v2 import RandomErasing, _augment
+
+    n = 500
+    draws = uniform(key(0, "erasing", np.arange(n)), 1 + 4 * randomness.ERASING_TRIES)
+    found = randomness.erased_boxes(draws, 1.0, size=size)
+    stream: list[float] = []
+
+    class Torch:
+        """torch, with our numbers for its own."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+        def empty(self, _: int) -> "Torch":
+            return self
+
+        def uniform_(self, low: float, high: float) -> torch.Tensor:
+            return torch.tensor([float(low) + stream.pop(0) * (float(high) - float(low))])
+
+        def randint(self, low: int, high: int, *, size: tuple[int]) -> torch.Tensor:
+            return torch.tensor([low + int(stream.pop(0) * (high - low))])
+
+    monkeypatch.setattr(_augment, "torch", Torch())
+    erasing, expected = RandomErasing(), []
+    for row in range(n):
+        tries = draws[row, 1:].reshape(-1, 4).tolist()
+        stream[:] = []
+        for share, ratio, down, across in tries:  # a try that doesn't fit draws no place
+            height, width = (np.sqrt(size * size * (0.02 + share * 0.31) * np.exp(
+                sign * (np.log(0.3) + ratio * np.log(11)))) for sign in (1, -1))
+            fits = round(height) < size and round(width) < size
+            stream.extend([share, ratio, down, across] if fits else [share, ratio])
+        made = erasing.make_params([torch.zeros(3, size, size)])
+        expected.append([made["i"], made["j"], made["h"], made["w"]])
+    differing = np.abs(found - np.array(expected)).max(1)
+    assert (differing > 0).sum() <= n // 500 and differing.max() <= 1
+    chance = randomness.erased_boxes(draws, 0.25, size=size)
+    assert np.array_equal(chance, np.where(draws[:, :1] < 0.25, found, 0))
+    assert 0.15 < chance.any(1).mean() < 0.35
 
 
 def test_dropout_rows() -> None:

@@ -13,15 +13,18 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.decoding.decode import create_decoder
 from alexnet_ddp.data.feed import Feed
+from alexnet_ddp.data.mixing import mix
 from alexnet_ddp.data.packs.pack import pack
 from alexnet_ddp.data.records import StoredRecords
 from alexnet_ddp.data.tools import show
-from alexnet_ddp.data.training import open_data, training_works
+from alexnet_ddp.data.training import most_rows, open_data, training_works
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 DRAWN = {"augment__rotation": 10.0, "augment__color_jitter": [0.4, 0.4, 0.4, 0.1], "augment__pca_lighting": 0.1}
+
+BLENDED = {"augment__policy": "randaugment", "augment__erasing": 0.5}
 
 
 @pytest.fixture
@@ -50,20 +53,21 @@ def trained_on(recipe: Path, *, epoch: int) -> tuple[list[int], torch.Tensor, to
     ids: list[int] = []
     crops, pixels = [], []
     step = epoch * data.order.steps_per_epoch
-    with feed.loader(rows=config.micro_batch) as loader:
+    with feed.loader(rows=most_rows(config, world=1)) as loader:
         for batch in loader.run(training_works(config, data, first_step=step, rank=0, world=1)):
             if batch.work.step > step:
                 break
-            ids += batch.work.samples.tolist()
-            images, _ = feed.transfer(batch)
-            crops.append(images)
-            pixels.append(augment(images, batch.work.draws))
+            ids += batch.work.samples[batch.work.own].tolist()
+            images, labels = feed.transfer(batch)
+            crops.append(images[batch.work.own])
+            pixels.append(mix(augment(images, batch.work.draws), labels, batch.work.mixing)[0])
     data.close()
     return ids, torch.cat(crops), torch.cat(pixels)
 
 
 @pytest.mark.parametrize("changes", [{}, DRAWN, {**DRAWN, "model__in_channels": 1}, {"augment__crop": "random"},
-                                     {"data__stored": "raw64"}, {"data__limit": 12}])
+                                     {"data__stored": "raw64"}, {"data__limit": 12},
+                                     {**DRAWN, **BLENDED, "augment__mixup": 0.4}, {**BLENDED, "augment__cutmix": 1.0}])
 def test_it_is_what_the_net_sees(tmp_path: Path, source: Path, changes: dict[str, object]) -> None:
     """Ids, crops and augmented pixels of the first samples of an epoch are the trainer's, within half a step of 255."""
     recipe = harness.tiny_recipe(tmp_path, train=source, **changes)
@@ -79,6 +83,18 @@ def test_it_is_what_the_net_sees(tmp_path: Path, source: Path, changes: dict[str
         assert np.array_equal(one.crop, crops[row].numpy())
         wanted = (pixels[row].permute(1, 2, 0).double().numpy() * std + mean) * 255
         assert np.abs(one.seen - wanted.clip(0, 255)).max() <= 0.51
+
+
+def test_what_was_drawn_is_told(tmp_path: Path, source: Path) -> None:
+    """A caption names the policy's operations, the erased box and the partner with its share."""
+    recipe = harness.tiny_recipe(tmp_path, train=source, augment__policy="trivial", augment__erasing=1.0,
+                                 augment__cutmix=1.0, augment__flip=1.0)
+    seen = shown(recipe, epoch=0, count=10)
+    for one, before in zip(seen, [seen[-1], *seen], strict=False):  # by the order of the step, which wraps
+        flipped, operation, erased, mixed = one.draws.split(show.BETWEEN)
+        assert flipped == "flipped" and operation.split()[0] in show.NAMES
+        assert erased.startswith("erased ") and " at " in erased
+        assert f"% of id {before.sample} (CutMix)" in mixed
 
 
 def test_the_box(tmp_path: Path, source: Path) -> None:

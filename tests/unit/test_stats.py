@@ -124,5 +124,7 @@ def test_recipe_lines(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = recipes.build(recipes.apply_overrides({"data": {"train": "x"}}, found.recipe))
     assert np.allclose(config.augment.mean, found.mean, atol=1e-4)
     assert np.allclose(config.augment.std, found.std, atol=1e-4)
+    assert np.allclose(config.augment.pca_eigenvalues, found.eigenvalues, atol=1e-6)
+    assert np.allclose(config.augment.pca_eigenvectors, found.eigenvectors, atol=1e-4)
     assert cli.main(["data", "stats", str(source), "--json"]) == EXIT_FINISHED
     assert json.loads(capsys.readouterr().out)["mean"] == found.mean

@@ -22,7 +22,8 @@ SPARED = 0.2  # share of the device's memory left for activations, when no limit
 
 
 class DeviceCache:
-    """Records uint8 [side, side, 3] of the samples `mine` (ids, int64 [m], each once), on `device`.
+    """Records uint8 [side, side, 3] of the samples `mine` (ids, int64 [m], each once), on `device`. Others' samples,
+    which a batch may have as guests to be mixed with, are sent every time.
 
     `most_rows` is the largest batch; `limit` the most bytes to use, None for what is free but a fifth of the device.
     UserError where not even a batch fits.
@@ -59,7 +60,9 @@ class DeviceCache:
     def absent(self, samples: I64) -> NDArray[np.bool_]:
         """Which of the next batch's samples must be sent: bool [n]. The feeder's; they count as there from now on."""
         places = self._places(samples)
-        absent = ~self._there[places]
+        mine = places < len(self._there)
+        absent = np.ones(len(samples), bool)
+        absent[mine] = ~self._there[places[mine]]
         self._there[places[places < self._capacity]] = True
         return absent
 
@@ -76,9 +79,12 @@ class DeviceCache:
         return self._records.index_select(0, where)
 
     def _places(self, samples: I64) -> I64:
+        """Places of samples among this rank's; behind all of them for another rank's."""
         places = np.searchsorted(self._ids, samples)
-        assert (self._ids[np.minimum(places, len(self._ids) - 1)] == samples).all(), "a sample of another rank"
-        return places.astype(np.int64)
+        if not len(self._ids):
+            return places.astype(np.int64)
+        mine = self._ids[np.minimum(places, len(self._ids) - 1)] == samples
+        return np.where(mine, places, len(self._ids)).astype(np.int64)
 
 
 def free_bytes(device: torch.device) -> int:

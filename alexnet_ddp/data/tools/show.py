@@ -26,9 +26,11 @@ from alexnet_ddp.data.decoding.stages import CHANNELS
 from alexnet_ddp.data.feed import Feed
 from alexnet_ddp.data.index import open_index
 from alexnet_ddp.data.loader import Work
+from alexnet_ddp.data.mixing import mix
 from alexnet_ddp.data.packs.parallel import cores_here
+from alexnet_ddp.data.policy import NAMES, Policy
 from alexnet_ddp.data.records import StoredRecords
-from alexnet_ddp.data.training import Data, open_data, training_works
+from alexnet_ddp.data.training import Data, most_rows, open_data, training_works
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.sections import AugmentSection
 
@@ -52,7 +54,7 @@ class Shown:
     box: tuple[float, float, float, float]  # left, top, right, bottom of what is shown of it
     crop: U8  # [size, size, channels], as it leaves the host
     seen: U8  # the same after the device's share
-    draws: str  # flip, angle
+    draws: str  # flip, operations of a policy, angle, erased box, partner
 
     @property
     def cut(self) -> str:
@@ -111,7 +113,8 @@ def show(config: Config, *, count: int = 16, epoch: int = 0, sample: int | None 
     drawn = [f"data.stored={config.data.stored}", f"crop={augment.crop}", f"size={augment.size}",
              f"resize={augment.resize}", f"flip={augment.flip:g}", f"rotation={augment.rotation:g}",
              f"color_jitter={list(augment.color_jitter)}", f"pca_lighting={augment.pca_lighting:g}",
-             f"seed={config.seed}"]
+             *(f"{name}={getattr(augment, name)}" for name in ("policy", "erasing", "mixup", "cutmix")
+               if getattr(augment, name) not in ("none", 0)), f"seed={config.seed}"]
     if with_stages:
         drawn.append("left: as stored, middle: as cropped, right: as seen")
     return _sheet(shown, title=title, facts=drawn, with_stages=with_stages, with_epoch=sample is not None)
@@ -138,25 +141,39 @@ def _see(config: Config, data: Data, works: Iterator[Work]) -> Iterator[Shown]:
     augment, records = Augment(section, channels=channels, device=CPU), StoredRecords(data.train, config.data.stored)
     feed = Feed(config, records, data.train.labels, create_decoder(config.data.decoder, quality=section.resize),
                 crop=section.crop, device=CPU, threads=cores_here())
-    with feed.loader(rows=1) as loader:
+    policy = Policy(section, device=CPU) if section.policy != "none" else None
+    with feed.loader(rows=most_rows(config, world=1)) as loader:
         for batch in loader.run(works):
             work, sample = batch.work, int(batch.work.samples[0])
             view = batch.views[0].tolist()
-            images, _ = feed.transfer(batch)
-            seen = unnormalise(augment(images, work.draws), section, channels=channels)
+            images, labels = feed.transfer(batch)
+            mixed, _ = mix(augment(images, work.draws), labels, work.mixing)
+            seen = unnormalise(mixed, section, channels=channels)
             left, top, width, height, resized_width, resized_height, x, y = view
             across, down = width / resized_width, height / resized_height
             box = (left + x * across, top + y * down,
                    left + (x + section.size) * across, top + (y + section.size) * down)
             yield Shown(sample, data.train.name(sample), work.step // data.order.steps_per_epoch,
-                        _stored(records, sample), box, images[0].numpy(), seen[0], _drawn(work, section))
+                        _stored(records, sample), box, images[0].numpy(), seen[0], _drawn(work, section, policy))
 
 
-def _drawn(work: Work, section: AugmentSection) -> str:
+def _drawn(work: Work, section: AugmentSection, policy: Policy | None) -> str:
+    """What was drawn for a work's only own sample, in the order of the operations."""
     assert work.draws is not None
     words = ["flipped"] if section.flip > 0 and bool(work.draws.flip[0]) else []
+    if policy is not None:
+        numbers, strengths = policy.chosen(work.draws.policy[0])
+        words += [f"{NAMES[number]} {strength:.3g}" if strength else NAMES[number]
+                  for number, strength in zip(numbers.tolist(), strengths.tolist(), strict=True)]
     if section.rotation > 0:
         words.append(f"turned {float(work.draws.angle[0]):+.1f}\N{DEGREE SIGN}")
+    if work.draws.erased[0].any():
+        top, left, height, width = work.draws.erased[0].tolist()
+        words.append(f"erased {width}x{height} at {left},{top}")
+    if work.mixing is not None:
+        partner = int(work.samples[work.mixing.partners[0]])
+        kind = "mixup" if work.mixing.box is None else "CutMix"
+        words.append(f"{1.0 - work.mixing.share:.0%} of id {partner} ({kind})")
     return BETWEEN.join(words)
 
 

@@ -126,9 +126,10 @@ class Stats:
 
     @property
     def recipe(self) -> list[str]:
-        """Lines to use the colours by."""
-        return [f"augment.{name}=[{','.join(f'{value:.4f}' for value in values)}]"
-                for name, values in (("mean", self.mean), ("std", self.std))]
+        """Overrides to use the colours by."""
+        rows = ",".join(_list(vector) for vector in self.eigenvectors)
+        return [f"augment.mean={_list(self.mean)}", f"augment.std={_list(self.std)}",
+                f"augment.pca_eigenvalues={_list(self.eigenvalues, digits=6)}", f"augment.pca_eigenvectors=[{rows}]"]
 
     @property
     def _balance(self) -> str:
@@ -172,6 +173,10 @@ class Stats:
             ("use it", " ".join(self.recipe)),
         ]
         return "\n".join(f"{name:<10}{value}" for name, value in lines)
+
+
+def _list(values: list[float], *, digits: int = 4) -> str:
+    return "[" + ",".join(f"{value:.{digits}f}" for value in values) + "]"
 
 
 @dataclass(frozen=True)
