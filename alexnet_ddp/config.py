@@ -32,6 +32,7 @@ class Config(s.Section):
     micro_batch: int = s.field(128, "bits", "samples per forward on one rank", ge=1)
     epochs: int = s.field(90, "order", "passes over the training data", ge=1)
     optim: s.OptimSection = s.field(s.OptimSection, "order", "how weights move")
+    ema: s.EmaSection = s.field(s.EmaSection, "order", "a running mean of the weights")
     schedule: s.ScheduleSection = s.field(s.ScheduleSection, "order", "lr(step)")
     amp: Literal["none", "bf16", "fp16"] = s.field("none", "bits", "automatic mixed precision of the forward")
     clip_norm: float | None = s.field(None, "order", "largest gradient norm; null: no clipping", gt=0.0)
@@ -196,6 +197,9 @@ KNOWN_ELSEWHERE = {  # written without _ and -
     "lrscheduler": "use schedule.name, or its section schedule",
     "normweightdecay": "use optim.decay_on=weights: no decay of biases and normalisation layers",
     "biasweightdecay": "use optim.decay_on=weights: no decay of biases and normalisation layers",
+    "modelema": "use ema.decay=0.9999",
+    "modelemadecay": "use ema.decay",
+    "modelemasteps": "use ema.steps",
     "maxlr": "use optim.lr: it is the peak of every schedule",
     "pctstart": "use schedule.rise",
     "decayepochs": "use schedule.step_epochs, or schedule.milestones with schedule.name=multistep",

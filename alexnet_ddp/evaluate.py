@@ -7,8 +7,9 @@ it. Sums over tiles are made in the order of the tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,17 +91,18 @@ def view_of(section: EvaluateSection, augment: AugmentSection) -> ChooseView:
 
 
 def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose: ChooseView, augment: Augment,
-             world: World, transfer: Transfer, carry_on: Callable[[], bool],
-             tick: Callable[[str], None]) -> Evaluation | None:
+             world: World, transfer: Transfer, carry_on: Callable[[], bool], tick: Callable[[str], None],
+             weights: Sequence[Mapping[str, Tensor]] = ({},)) -> list[Evaluation] | None:
     """Evaluates the unwrapped net on all `samples` samples. Collective; None when stopped in between.
 
-    `carry_on` is asked once per fetch on every rank and answers the same on all of them; `tick` hears of every tile,
-    and of the end of this rank's part.
+    There is one Evaluation for each of `weights`: tensors by name that stand in for the net's own ({}: none does). An
+    image is decoded once for all of them. `carry_on` is asked once per fetch on every rank and answers the same on all
+    of them; `tick` hears of every tile, and of the end of this rank's part.
     """
     training = net.training
     net.eval()
-    loss_of_tile = torch.zeros(tiles_of(samples), dtype=torch.float64, device=world.device)
-    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # samples, top-1, top-5
+    loss_of_tile = torch.zeros(len(weights), tiles_of(samples), dtype=torch.float64, device=world.device)
+    counts = torch.zeros(len(weights), 3, dtype=torch.int64, device=world.device)  # samples, top-1, top-5
     try:
         for buffer in net.buffers():  # batch-norm statistics are per rank: rank 0's are the run's
             dist.broadcast(buffer, src=0)
@@ -113,20 +115,33 @@ def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose
                 for at in range(0, len(images), TILE):
                     tick("evaluate")
                     tile = slice(at, at + TILE)
-                    logits = net(augment(images[tile], None)).float()
-                    losses = F.cross_entropy(logits, labels[tile], reduction="none").double()
-                    loss_of_tile[fetched.work.step + at // TILE] = torch.where(mask[tile], losses, 0.0).sum()
-                    places = label_ranks(logits, labels[tile])
-                    counts += torch.stack([mask[tile].sum(), ((places < 1) & mask[tile]).sum(),
-                                           ((places < 5) & mask[tile]).sum()])
+                    pixels = augment(images[tile], None)
+                    for place, instead in enumerate(weights):
+                        logits = torch.func.functional_call(net, dict(instead), (pixels,)).float()
+                        losses = F.cross_entropy(logits, labels[tile], reduction="none").double()
+                        loss = torch.where(mask[tile], losses, 0.0).sum()
+                        loss_of_tile[place, fetched.work.step + at // TILE] = loss
+                        ranks = label_ranks(logits, labels[tile])
+                        counts[place] += torch.stack([mask[tile].sum(), ((ranks < 1) & mask[tile]).sum(),
+                                                      ((ranks < 5) & mask[tile]).sum()])
         tick("gather")
         dist.all_reduce(counts)
         dist.all_reduce(loss_of_tile)  # every tile has one owner; the others add zeros
     finally:
         net.train(training)
-    counted, correct1, correct5 = counts.tolist()
-    assert counted == samples, f"{counted} samples were counted, there are {samples}"
-    loss = 0.0
-    for tile_loss in loss_of_tile.tolist():
-        loss += tile_loss
-    return Evaluation(samples, correct1, correct5, loss / samples)
+    found = []
+    for (counted, correct1, correct5), losses_of_tiles in zip(counts.tolist(), loss_of_tile.tolist(), strict=True):
+        assert counted == samples, f"{counted} samples were counted, there are {samples}"
+        summed = 0.0
+        for tile_loss in losses_of_tiles:
+            summed += tile_loss
+        found.append(Evaluation(samples, correct1, correct5, summed / samples))
+    return found
+
+
+def record_of(net: Evaluation, mean: Evaluation | None = None) -> dict[str, Any]:
+    """What metrics.jsonl is told of an evaluation; that of the running mean of the weights as `ema_...`."""
+    numbers = {**asdict(net), "top1": net.top1, "top5": net.top5}
+    if mean is None:
+        return numbers
+    return {**numbers, **{f"ema_{name}": value for name, value in record_of(mean).items() if name != "samples"}}

@@ -29,7 +29,7 @@ def capture(place: Place, *, step: Step, window: Window, fp16: bool) -> TrainSta
         scaler = {"scale": float(held["scale"]), "growth_tracker": int(held["_growth_tracker"])}
     return TrainState(
         **{**place, "skipped": skipped, "skipped_in_a_row": in_a_row}, scaler=scaler, model=net.state_dict(),
-        optimizer=named_state(net, step.optimizer), window=window.summed(), window_rows=window.filled)
+        optimizer=named_state(net, step.optimizer), ema=step.mean, window=window.summed(), window_rows=window.filled)
 
 
 def put_back(state: TrainState | None, *, world: World, step: Step, window: Window) -> Place:
@@ -38,10 +38,12 @@ def put_back(state: TrainState | None, *, world: World, step: Step, window: Wind
     Raises UserError on all ranks when the checkpoint's tensors are not the net's.
     """
     net = step.net.module
-    live = {"model": net.state_dict(), **named_state(net, step.optimizer)}
+    live = {"model": net.state_dict(), **named_state(net, step.optimizer), "ema": step.mean}
     box: list[Any] = [None, ""]
     if state is not None:
-        saved = {"model": state.model, **state.optimizer}
+        # A mean that --accept-changes has added begins at the weights; one that it took away is left behind.
+        mean = {name: state.ema.get(name, state.model[name]) for name in live["ema"] if name in state.model}
+        saved = {"model": state.model, **state.optimizer, "ema": mean}
         box = [_plain(state), _difference(live, saved)]
         if not box[1]:
             for kind, tensors in live.items():

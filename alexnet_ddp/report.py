@@ -198,7 +198,8 @@ class Report:
 
 def say_finished(config: Config, step: int, best: dict[str, Any] | None, *, planned: int) -> None:
     """That a run is over, how good it is, and how to train longer where that is the same experiment."""
-    accuracy = f", best held-out top-1 {best['top1']:.2%} after step {best['step']}" if best else ""
+    of = "" if config.ema.decay is None else " of the weights' mean"
+    accuracy = f", best held-out top-1{of} {best['top1']:.2%} after step {best['step']}" if best else ""
     full = f"{config.epochs} epochs, {step} steps" if step >= planned else f"limits.loss reached after {step} steps"
     longer = (f"To train longer, give the same command with more epochs (epochs={2 * config.epochs})."
               if config.schedule.name not in ENDS_WITH_THE_RUN else

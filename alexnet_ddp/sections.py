@@ -145,6 +145,14 @@ class ScheduleSection(Section):
     final_div_factor: float = field(1e4, "order", "one_cycle: the first learning rate / the last", ge=1.0)
 
 
+class EmaSection(Section):
+    decay: float | None = field(
+        None, "order", "share that a running mean of the weights keeps at an update, early on less: min(decay, (1 + n) "
+        "/ (10 + n)) after n updates; the mean is evaluated too, and best.safetensors holds it; null: no mean",
+        gt=0.0, lt=1.0)
+    steps: int = field(1, "order", "steps between two updates of the mean", ge=1)
+
+
 class CheckpointSection(Section):
     minutes: float | None = field(10.0, "free", "longest time between two checkpoints; null: none", gt=0.0)
     epochs: int | None = field(1, "free", "a checkpoint every so many epochs; null: none", ge=1)

@@ -159,8 +159,9 @@ class Console:
             show(line)
 
     def evaluate(self, record: Record) -> None:
+        mean = f"  of the weights' mean {record['ema_top1']:.2%}" if "ema_top1" in record else ""
         self.line(f"epoch {record['epoch']}  step {record['step']}  held-out top-1 {record['top1']:.2%} "
-                  f"({record['correct1']} of {record['samples']})  top-5 {record['top5']:.2%}  "
+                  f"({record['correct1']} of {record['samples']}){mean}  top-5 {record['top5']:.2%}  "
                   f"loss {record['loss']:.4f}  in {record['seconds']:.1f} s")
 
     def line(self, text: str) -> None:

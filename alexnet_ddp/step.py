@@ -1,4 +1,4 @@
-"""One optimizer step: accumulate, sum over ranks, find infinities, clip, move the weights."""
+"""One optimizer step: accumulate, sum over ranks, find infinities, clip, move the weights and their mean."""
 
 import contextlib
 import inspect
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from alexnet_ddp.ema import Ema
 from alexnet_ddp.loss import Targets, sample_losses
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models.dropout import set_dropout_rows
@@ -64,19 +65,26 @@ class Step:
     """Takes optimizer steps. Counters stay on the device; nothing here waits for it."""
 
     def __init__(self, net: DistributedDataParallel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                 *, amp: str, clip_norm: float | None, tick: Callable[[str], None], smoothing: float = 0.0) -> None:
-        self.net, self.optimizer, self.scaler = net, optimizer, scaler
+                 *, amp: str, clip_norm: float | None, tick: Callable[[str], None], smoothing: float = 0.0,
+                 ema: Ema | None = None) -> None:
+        self.net, self.optimizer, self.scaler, self.ema = net, optimizer, scaler, ema
         self._dtype, self._clip, self._tick, self._smoothing = AMP[amp], clip_norm, tick, smoothing
         self._parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device
         self._norm = torch.zeros((), device=self._device)
         optimizer.register_step_pre_hook(self._skip_unless_finite)
 
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """The live running mean of the weights by parameter name; empty where none is kept."""
+        return {} if self.ema is None else self.ema.tensors
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
 
-    def __call__(self, micro_batches: Iterable[MicroBatch], *, lr: float, planned: int, window: Window) -> None:
-        """One step over a rank's part of a global batch of `planned` samples."""
+    def __call__(self, micro_batches: Iterable[MicroBatch], *, lr: float, planned: int, window: Window,
+                 ema_decay: float | None = None) -> None:
+        """One step over a rank's part of a global batch of `planned` samples; the mean keeps `ema_decay` of itself."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -102,6 +110,8 @@ class Step:
         self._norm = norm
         self.scaler.step(self.optimizer)  # the fused optimizer skips itself where an infinity was found
         self.scaler.update(None if self._dtype is torch.float16 else 1.0)
+        if self.ema is not None and ema_decay is not None:
+            self.ema.update(ema_decay, norm=norm)
         window.close_step(norm)
 
     def _skip_unless_finite(self, optimizer: Any, *_: object) -> None:

@@ -11,7 +11,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import metadata
 
 import numpy as np
@@ -36,8 +36,9 @@ from alexnet_ddp.data.randomness import dropout_rows, key
 from alexnet_ddp.data.records import Records, StoredRecords
 from alexnet_ddp.data.training import Data, has_single_samples, largest_part, most_rows, open_data, told, training_works
 from alexnet_ddp.distributed import World, everywhere, first_on_node, on_rank_0
+from alexnet_ddp.ema import Ema, decay_at
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
-from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, view_of
+from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, record_of, view_of
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models import create_model
 from alexnet_ddp.optim import create_optimizer, create_scaler, named_state
@@ -193,7 +194,8 @@ class Trainer:
         self.reseed = replica.has_torch_dropout(net)
         self.step = Step(wrap(net, world.device), create_optimizer(net, config.optim),
                          create_scaler(config.amp, world.device), amp=config.amp, clip_norm=config.clip_norm,
-                         tick=self._tick, smoothing=config.label_smoothing)
+                         tick=self._tick, smoothing=config.label_smoothing,
+                         ema=None if config.ema.decay is None else Ema(net))  # net: the same on all ranks by now
         self.window = Window(config.log.steps, device=world.device)
         self.augment = Augment(config.augment, channels=config.model.in_channels, device=world.device)
         self.agreement = distributed.Agreement(world)
@@ -264,7 +266,8 @@ class Trainer:
             assert self.directory is not None
             lineage = lineage_of(config, start=self.start, numeric=self.numeric, identities=self.data.identities,
                                  decoder=self.decoder.name)
-            tensors = TrainState(model=net.state_dict(), optimizer=named_state(net, self.step.optimizer))
+            tensors = TrainState(model=net.state_dict(), optimizer=named_state(net, self.step.optimizer),
+                                 ema=self.step.mean)
             made.append(Report(config, self.directory, start=self.start, place=self.place, state=tensors,
                                lineage=lineage, world=world, total_steps=self.total_steps))
             made[0].greet(data=self.data, world=world, device=self.numeric["device"], step=self.place["step"],
@@ -324,7 +327,8 @@ class Trainer:
             torch.manual_seed(int(key(self.config.seed, step, "torch", self.world.rank) >> 1))
         self._tick("data")
         with sync_debug(self.config.log.sync_debug and self.world.on_gpu):
-            self.step(self._micro_batches(batches, step), lr=self.rate, planned=plan.count, window=self.window)
+            self.step(self._micro_batches(batches, step), lr=self.rate, planned=plan.count, window=self.window,
+                      ema_decay=decay_at(step, self.config.ema))
 
         position = plan.first + plan.count
         over = position == self.order.samples
@@ -423,16 +427,18 @@ class Trainer:
         with self.held_out.loader(rows=batch * TILE) as loader:
             found = evaluate(self.step.net.module, loader, samples=len(self.data.val), batch=batch,
                              choose=view_of(self.config.evaluate, self.config.augment), augment=self.augment,
-                             world=self.world, transfer=self.held_out.transfer, carry_on=carry_on, tick=self._tick)
+                             world=self.world, transfer=self.held_out.transfer, carry_on=carry_on, tick=self._tick,
+                             weights=[{}, self.step.mean] if self.step.mean else [{}])
         if found is None:
             return False
         best = self.place["best"]
-        self.improved = best is None or found.top1 > best["top1"]
+        top1 = found[-1].top1  # where there is a mean of the weights, its own decides
+        self.improved = best is None or top1 > best["top1"]
         self.place |= {"phase": "train", "evaluated_step": step,
-                       "best": {"top1": found.top1, "step": step} if self.improved else best}
+                       "best": {"top1": top1, "step": step} if self.improved else best}
         if self.report is not None:
-            self.report.evaluation({"step": step, "epoch": self.place["epoch"], **asdict(found), "top1": found.top1,
-                                    "top5": found.top5, "seconds": time.perf_counter() - began})
+            self.report.evaluation({"step": step, "epoch": self.place["epoch"], **record_of(*found),
+                                    "seconds": time.perf_counter() - began})
         self.window_began += time.perf_counter() - began  # the window's rate is that of training
         return True
 

@@ -191,8 +191,9 @@ def _material() -> tuple[Any, Any]:
 # --- an evaluation of a net whose logits tie --------------------------------------------------------------------
 
 
-def evaluate_ties(world: Any, folder: str, batch: int) -> tuple[int, int, int, float]:
-    """(samples, top-1, top-5, loss) of a net whose logits are 0 for six classes and 1 for the last two."""
+def evaluate_ties(world: Any, folder: str, batch: int) -> tuple[int, int, int, float, int, int]:
+    """(samples, top-1, top-5, loss) of a net whose logits are 0 for six classes and 1 for the last two, and (top-1,
+    top-5) of one that is evaluated beside it, whose logits are 1 for the first two."""
     import torch
 
     from alexnet_ddp.data.augment import Augment
@@ -206,10 +207,11 @@ def evaluate_ties(world: Any, folder: str, batch: int) -> tuple[int, int, int, f
     from alexnet_ddp.sections import AugmentSection, EvaluateSection
 
     net = create_model("alexnet_single", num_classes=8, width=0.05, image_size=SIZE)
-    last = [module for module in net.modules() if isinstance(module, torch.nn.Linear)][-1]
+    name, last = [pair for pair in net.named_modules() if isinstance(pair[1], torch.nn.Linear)][-1]
     with torch.no_grad():
         last.weight.zero_()
         last.bias.copy_(torch.tensor([0.0] * 6 + [1.0] * 2))
+    beside = {f"{name}.bias": last.bias.detach().flip(0)}
     section = AugmentSection(size=SIZE)
     with open_index(folder) as index, Loader(StoredRecords(index, "original"), index.labels, create_decoder("auto"),
                                              rows=batch * TILE, shape=(SIZE, SIZE, 3), threads=1,
@@ -217,6 +219,8 @@ def evaluate_ties(world: Any, folder: str, batch: int) -> tuple[int, int, int, f
         found = evaluate(net, loader, samples=len(index), batch=batch, choose=view_of(EvaluateSection(), section),
                          augment=Augment(section, channels=3, device=world.device), world=world,
                          transfer=Transfer(world.device, is_raw=False, size=SIZE, channels=3),
-                         carry_on=lambda: True, tick=lambda _: None)
+                         carry_on=lambda: True, tick=lambda _: None, weights=[{}, beside])
         assert found is not None and net.training
-        return found.samples, found.correct1, found.correct5, found.loss
+        own, other = found
+        assert last.bias.tolist() == [0.0] * 6 + [1.0] * 2
+        return own.samples, own.correct1, own.correct5, own.loss, other.correct1, other.correct5

@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from alexnet_ddp.ema import Ema
 from alexnet_ddp.loss import Targets
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models import create_model
@@ -24,13 +25,14 @@ def make_net(kind: torch.dtype = torch.float32) -> nn.Module:
 
 
 def make_step(*, amp: str = "none", clip: float | None = None, kind: torch.dtype = torch.float32,
-              section: OptimSection = SECTION) -> Step:
+              section: OptimSection = SECTION, mean: bool = False) -> Step:
+    """With `mean`, one that keeps a running mean of the weights."""
     net, device = make_net(kind), torch.device("cpu")
     scaler = create_scaler(amp, device)
     if amp == "fp16":  # torch's first scale overflows in this net, as it may
         scaler.load_state_dict({**scaler.state_dict(), "scale": SCALE})
     return Step(wrap(net, device), create_optimizer(net, section), scaler, amp=amp, clip_norm=clip,
-                tick=lambda stage: None)
+                tick=lambda stage: None, ema=Ema(net) if mean else None)
 
 
 def batch(seed: int, *, cuts: tuple[int, ...] = (0, N), kind: torch.dtype = torch.float32) -> list[MicroBatch]:
@@ -49,23 +51,26 @@ def spoilt(batches: list[MicroBatch], number: int, value: float) -> list[MicroBa
     return batches
 
 
-def take(step: Step, batches: list[MicroBatch], window: Window | None = None, *, planned: int = N) -> Window:
+def take(step: Step, batches: list[MicroBatch], window: Window | None = None, *, planned: int = N,
+         ema_decay: float | None = None) -> Window:
     window = window or Window(20, device=torch.device("cpu"))
-    step(batches, lr=0.02, planned=planned, window=window)
+    step(batches, lr=0.02, planned=planned, window=window, ema_decay=ema_decay)
     return window
 
 
 def state(step: Step) -> dict[str, Tensor]:
-    """Weights and what the optimizer holds by name, copied."""
+    """Weights, their running mean and what the optimizer holds by name, copied."""
     net = step.net.module
     found = {**net.state_dict(), **{f"{kind} of {name}": value for kind, tensors in
                                     named_state(net, step.optimizer).items() for name, value in tensors.items()}}
+    found |= {f"mean of {name}": value for name, value in step.mean.items()}
     return {name: value.clone() for name, value in found.items()}
 
 
 def differs(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """The largest difference relative to the tensor's own size."""
-    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp_min(1e-30)) for name in b)
+    with torch.no_grad():
+        return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp_min(1e-30)) for name in b)
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from alexnet_ddp.checkpoint.files import DTYPES
 from alexnet_ddp.errors import UserError
 
-TENSOR_FIELDS = ("model", "optimizer", "window")
+TENSOR_FIELDS = ("model", "optimizer", "ema", "window")
 PHASES = ("train", "evaluate")
 
 
@@ -30,6 +30,7 @@ class TrainState:
     scaler          {"scale": float, "growth_tracker": int} under fp16, else None
     model           parameters and buffers by name, without DDP's `module.`
     optimizer       state name -> parameter name -> tensor; a state name has no "/" in it
+    ema             running mean of the weights by parameter name; empty where none is kept
     window          float64 [rows, columns], the open accumulators of the logging window, or None
     window_rows     rows of it that are filled
     """
@@ -46,6 +47,7 @@ class TrainState:
     scaler: dict[str, Any] | None = None
     model: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    ema: dict[str, Tensor] = field(default_factory=dict)
     window: Tensor | None = None
     window_rows: int = 0
 
@@ -92,8 +94,13 @@ class TrainState:
             for state_name, tensors in self.optimizer.items()
             for parameter, tensor in tensors.items()
         }
+        ema = {"ema": self.ema} if self.ema else {}
         window = {} if self.window is None else {"window": {"window": self.window}}
-        return {"model": self.model, "optimizer": optimizer, **window}
+        return {"model": self.model, "optimizer": optimizer, **ema, **window}
+
+    def published(self) -> dict[str, Tensor]:
+        """The weights that others are given: the mean of those there is a mean of, all else from the model."""
+        return {**self.model, **self.ema}
 
     def to_cpu(self, *, into: "TrainState | None" = None) -> "TrainState":
         """A copy in CPU memory that training can't touch: what the background writer gets.
@@ -133,7 +140,15 @@ class TrainState:
 # function from the raw fields of schema n to those of n + 1, and commit a golden checkpoint of the new
 # schema.
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
-MIGRATIONS: tuple[Migration, ...] = ()
+
+
+
+def _migrate_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 may hold a running mean of the weights."""
+    return {**raw, "ema": {}}
+
+
+MIGRATIONS: tuple[Migration, ...] = (_migrate_1,)
 SCHEMA = 1 + len(MIGRATIONS)
 
 
@@ -181,7 +196,8 @@ def _tensor_fields(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any
         state_name, _, parameter = key.partition("/")
         optimizer.setdefault(state_name, {})[parameter] = tensor
     window = tensors["window"]["window"] if "window" in tensors else None
-    return {"model": dict(tensors["model"]), "optimizer": optimizer, "window": window}
+    ema = dict(tensors.get("ema", {}))
+    return {"model": dict(tensors["model"]), "optimizer": optimizer, "ema": ema, "window": window}
 
 
 def _check_record(name: str, record: dict[str, Any] | None, kinds: dict[str, type]) -> None:

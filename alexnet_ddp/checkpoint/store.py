@@ -3,6 +3,7 @@
     checkpoints/step_00000120/
         model.safetensors       parameters and buffers by name
         optimizer.safetensors   `<state>/<parameter name>`
+        ema.safetensors         running mean of the weights by parameter name, when one is kept
         window.safetensors      open accumulators of the logging window, when there are any
         state.json              the numbers
         manifest.json           schema, step, lineage, sha256 of every file and of itself; written last

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from alexnet_ddp.amounts import human_bytes
 from alexnet_ddp.checkpoint import choose, store
 from alexnet_ddp.checkpoint.state import TrainState
@@ -41,8 +39,7 @@ class Best:
     """Staged weights of the best evaluation so far, for as long as `best.safetensors` doesn't hold them."""
 
     model: str
-    weights: dict[str, Tensor]
-    record: dict[str, Any]  # {"top1": ..., "step": ...}
+    state: TrainState  # of which the published weights and `best` count
 
 
 class Writer:
@@ -98,7 +95,7 @@ class Writer:
         self._spare = staged = state.to_cpu(into=self._spare)
         if best_model is not None:
             assert staged.best is not None, "best weights without a best metric"
-            self._best = Best(best_model, staged.model, staged.best)
+            self._best = Best(best_model, staged)
         self.saving = state.step
         stall = time.monotonic() - start
         # Not a daemon: should the loop die of something else, the interpreter waits for the save to end.
@@ -146,7 +143,11 @@ class Writer:
         if self._best is not None:
             best = self._best
             store.write_best(
-                best.weights, run_dir=self.directory.parent, model=best.model, guard=self.guard, **best.record
+                best.state.published(),
+                run_dir=self.directory.parent,
+                model=best.model,
+                guard=self.guard,
+                **(best.state.best or {}),
             )
             self._best = None
         return store.write(
@@ -156,8 +157,8 @@ class Writer:
     def _failed(self, state: TrainState, error: OSError | store.Damaged) -> None:
         with contextlib.suppress(OSError):
             self.guard()  # a new owner's clean-up looks like a failing disk: say what it is
-        if self._best is not None and self._best.weights is state.model:
-            self._spare = replace(state, model={})  # the next copy must not go over these weights
+        if self._best is not None and self._best.state is state:
+            self._spare = replace(state, model={}, ema={})  # the next copy must not go over these weights
         self.failures_in_a_row += 1
         why = str(error.strerror) if isinstance(error, OSError) else f"read back wrong: {error.why}"
         self.failure = (

@@ -48,12 +48,16 @@ def test_counts_and_loss_are_equal(recipe: Path, reference: dict[str, Any], worl
 
 
 def test_ties_go_to_the_lower_class(recipe: Path) -> None:
-    """Exact ties: 6 and 7 are highest, then 0, 1, 2 come before the equal 3, 4, 5; the loss is the known one."""
+    """Exact ties: 6 and 7 are highest, then 0, 1, 2 come before the equal 3, 4, 5; the loss is the known one.
+
+    Other weights that are evaluated beside the net's own, as the mean of them is, have counts of their own.
+    """
     folder = recipe.parent / "val"
     per_class = [len(list((folder / f"class{number}").iterdir())) for number in range(8)]
     found = pieces.on_ranks(pieces.evaluate_ties, str(folder), 7, world=3)
     assert found[0] == found[1] == found[2]
     assert found[0][:3] == (HELD_OUT, per_class[6], sum(per_class[number] for number in (6, 7, 0, 1, 2)))
+    assert found[0][4:] == (per_class[0], sum(per_class[:5]))
     likely = per_class[6] + per_class[7]  # samples whose own logit is 1, the others' is 0
     assert found[0][3] == pytest.approx(math.log(6 + 2 * math.e) - likely / HELD_OUT, rel=1e-6)
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import harness
+from recipes import COVERING
 
 SAMPLES = 47  # by 10: four whole batches and one of 7
 STEPS = 20  # four epochs
@@ -113,6 +114,15 @@ def test_micro_batches_change_nothing(recipe: Path, one_rank: Path, micro_batch:
     """Micro-batches of 1, 2 and 3 on 3 ranks: samples, views, dropout and losses are those of one whole batch."""
     run = train(recipe, f"micro{micro_batch}", f"micro_batch={micro_batch}", world=3)
     assert_same_run(run, one_rank)
+
+
+@pytest.mark.parametrize("row", COVERING)
+def test_every_way_to_move_weights(recipe: Path, row: str) -> None:
+    """Other optimizers, schedules, a mean of the weights: 1 -> 3 ranks in mid-epoch, with the losses of one rank."""
+    words = [f"{name.replace('__', '.')}={value}" for name, value in COVERING[row].items()]
+    reference = train(recipe, f"{row} 1".replace(", ", "_").replace(" ", "_"), *words, world=1)
+    run = train_in_parts(recipe, f"{row} 3".replace(", ", "_").replace(" ", "_"), *words, parts=[(1, 6), (3, 0)])
+    assert_same_run(run, reference)
 
 
 def test_fewer_samples_than_ranks(recipe: Path) -> None:

@@ -34,6 +34,7 @@ from alexnet_ddp.errors import UserError
         {"model": {"weight": torch.zeros(3, dtype=torch.complex128)}},
         {"optimizer": {"momentum/buffer": {"weight": torch.zeros(3)}}},
         {"optimizer": {"momentum": {"weight": 0.5}}},
+        {"ema": {"weight": 0.5}},
         {"window": torch.zeros(2, 3)},
         {"window": torch.zeros(2, dtype=torch.float64)},
         {"window": torch.zeros(2, 3, dtype=torch.float64), "window_rows": 3},
@@ -76,6 +77,7 @@ def test_staged_copy_is_out_of_reach() -> None:
         best={"top1": 0.5, "step": 7},
         model={"a": weight, "tied": weight},
         optimizer={"momentum": {"a": weight.detach()}},
+        ema={"a": weight.detach()},
         window=torch.ones(2, 3, dtype=torch.float64),
         window_rows=1,
     )
@@ -87,7 +89,7 @@ def test_staged_copy_is_out_of_reach() -> None:
     live.window.zero_()
     live.best["top1"] = 0.9
     copy.check()
-    for tensor in (copy.model["a"], copy.model["tied"], copy.optimizer["momentum"]["a"]):
+    for tensor in (copy.model["a"], copy.model["tied"], copy.optimizer["momentum"]["a"], copy.ema["a"]):
         assert torch.equal(tensor, expected) and tensor.is_contiguous() and not tensor.requires_grad
     assert copy.model["a"].data_ptr() != copy.model["tied"].data_ptr()
     assert copy.best == {"top1": 0.5, "step": 7} and copy.step == 7 and copy.window_rows == 1
@@ -101,6 +103,15 @@ def test_staging_memory_is_used_again() -> None:
     second = TrainState(model={"a": torch.ones(5), "b": torch.ones(5).double()}).to_cpu(into=first)
     assert second.model["a"].data_ptr() == old["a"] and second.model["b"].data_ptr() != old["b"]
     assert second.model["a"].eq(1).all() and second.model["b"].eq(1).all()
+
+
+def test_published_weights_are_the_means() -> None:
+    """What others are given: the mean of every weight there is one of, and the model's own buffers."""
+    model = {"w": torch.zeros(2), "norm.running_mean": torch.ones(2)}
+    assert TrainState(model=model).published() == model
+    mean = torch.full((2,), 0.5)
+    found = TrainState(model=model, ema={"w": mean}).published()
+    assert found["w"] is mean and found["norm.running_mean"] is model["norm.running_mean"] and len(found) == 2
 
 
 def test_migrations_run_in_a_chain() -> None:

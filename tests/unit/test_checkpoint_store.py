@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ddp.checkpoint import files, store
-from alexnet_ddp.checkpoint.state import TrainState
+from alexnet_ddp.checkpoint.state import SCHEMA, TrainState
 from alexnet_ddp.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -51,6 +51,7 @@ def every_kind() -> TrainState:
             "momentum_buffer": {"features.0.weight": torch.randn(7, 3, 2, generator=generator)},
             "step": {"features.0.weight": torch.tensor(3.0), "a/b": torch.tensor(4)},
         },
+        ema={"features.0.weight": torch.randn(7, 3, 2, generator=generator)},
         window=torch.rand(4, 3, generator=generator, dtype=torch.float64),
         window_rows=2,
     )
@@ -111,10 +112,12 @@ def test_other_programs_can_read_the_tensors(tmp_path: Path) -> None:
     assert header % 8 == 0
 
 
-def test_golden_checkpoint_of_schema_1_loads() -> None:
-    """A checkpoint written by the first version still loads, with the numbers it was written with."""
-    state, lineage = store.load(GOLDEN / "checkpoint_v1")
-    assert store.read_manifest(GOLDEN / "checkpoint_v1").schema == 1
+@pytest.mark.parametrize("schema", [1, 2])
+def test_golden_checkpoints_load(schema: int) -> None:
+    """A checkpoint of every schema there has been still loads, with the numbers it was written with."""
+    state, lineage = store.load(GOLDEN / f"checkpoint_v{schema}")
+    assert store.read_manifest(GOLDEN / f"checkpoint_v{schema}").schema == schema
+    assert sorted(path.name for path in GOLDEN.iterdir()) == [f"checkpoint_v{n + 1}" for n in range(SCHEMA)]
     assert lineage == {"attempt": 1, "recipe": {"name": "golden", "seed": 0}}
     expected = TrainState(
         step=12,
@@ -133,13 +136,15 @@ def test_golden_checkpoint_of_schema_1_loads() -> None:
             "norm.num_batches_tracked": torch.tensor(12),
         },
         optimizer={"momentum_buffer": {"features.0.weight": torch.arange(12.0).reshape(2, 3, 2) / -3}},
+        ema={} if schema == 1 else {"features.0.weight": torch.arange(12.0).reshape(2, 3, 2) / 5},
         window=torch.arange(6, dtype=torch.float64).reshape(2, 3) / 11,
         window_rows=1,
     )
     assert_same(state, expected)
 
 
-FILES = ("manifest.json", "state.json", "model.safetensors", "optimizer.safetensors", "window.safetensors")
+FILES = ("manifest.json", "state.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors",
+         "window.safetensors")
 
 
 @pytest.mark.parametrize("file", FILES)
