@@ -99,15 +99,18 @@ def most_guests(rows: int, *, assignment: str, global_batch: int) -> int:
     return min(rows, max(0, global_batch - rows))
 
 
-def mix(pixels: Tensor, labels: Tensor, mixing: Mixing | None) -> tuple[Tensor, Targets]:
+def mix(pixels: Tensor, labels: Tensor, mixing: Mixing | None, *, damaged: NDArray[np.bool_] | None = None
+        ) -> tuple[Tensor, Targets]:
     """Pixels float32 [n, c, s, s] and labels [n] of own images and guests -> those of the own ones, blended.
 
-    The arithmetic is torchvision's; nothing waits for the device.
+    An image whose partner is `damaged` (bool [n]) is blended with itself. The arithmetic is torchvision's; nothing
+    waits for the device.
     """
     if mixing is None:
         return pixels, Targets(labels)
     own = len(mixing.partners)
-    partners = torch.from_numpy(mixing.partners).to(pixels.device, non_blocking=True)
+    rows = mixing.partners if damaged is None else np.where(damaged[mixing.partners], np.arange(own), mixing.partners)
+    partners = torch.from_numpy(rows).to(pixels.device, non_blocking=True)
     if mixing.box is None:
         mixed = pixels[:own].mul(mixing.share)
         mixed.add_(pixels.index_select(0, partners).mul_(1.0 - mixing.share))

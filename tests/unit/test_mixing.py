@@ -125,6 +125,27 @@ def test_blends_are_torchvision_s(box: tuple[int, int, int, int] | None, kind: t
         torch.testing.assert_close(sample_losses(logits, targets, smoothing=smoothing), wanted)
 
 
+@pytest.mark.parametrize("box", [None, (1, 1, 7, 4)])
+def test_damaged_partners(box: tuple[int, int, int, int] | None) -> None:
+    """An image whose partner (its own micro-batch's or a guest) is damaged stays as it is, with its own label alone;
+    the others are blended as ever."""
+    pixels, labels = torch.randn(5, 3, 8, 8), torch.arange(5)
+    mixing, guests = with_guests(Mixing(0.75, box), np.arange(14, 18), first=10, count=20)
+    assert guests.tolist() == [13]
+    whole, targets = mix(pixels, labels, mixing)
+    damaged = np.array([False, True, False, False, True])  # the second own one, and the guest
+    found, told = mix(pixels, labels, mixing, damaged=damaged)
+    assert targets.others is not None and told.others is not None
+    assert (targets.others.tolist(), told.others.tolist()) == ([4, 0, 1, 2], [0, 0, 2, 2])
+    for row in (0, 2):  # those that come after them
+        torch.testing.assert_close(found[row], pixels[row])
+    for row in (1, 3):
+        assert torch.equal(found[row], whole[row])
+    logits = torch.randn(4, 5)
+    plain = torch.nn.functional.cross_entropy(logits, labels[:4], reduction="none")
+    torch.testing.assert_close(sample_losses(logits, told, smoothing=0.0)[[0, 2]], plain[[0, 2]])
+
+
 def test_nothing_to_mix() -> None:
     """Without mixing pixels and labels pass as they are; a rank without samples gets an empty blend."""
     pixels, labels = torch.randn(3, 3, 8, 8), torch.arange(3)
