@@ -79,8 +79,8 @@ class Noise:
         flat = out.reshape(-1)
         np.copyto(flat, self._pixels[sample, start:start + flat.size])
 
-    def in_memory(self, sample: int, start: int, size: int) -> torch.Tensor:
-        return self._tensor[sample, start:start + size]
+    def in_memory(self, samples: np.ndarray, starts: np.ndarray, size: int) -> list[torch.Tensor]:
+        return [self._tensor[sample, start:start + size] for sample, start in zip(samples, starts, strict=True)]
 
     def where(self, sample: int) -> str:
         return f"sample {sample} of the noise"

@@ -6,6 +6,7 @@ front of it all look like that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 U8 = NDArray[np.uint8]
+I64 = NDArray[np.int64]
 
 
 class Records(Protocol):
@@ -34,9 +36,9 @@ class Records(Protocol):
         """Raw stages: bytes `start` and after of the record into `out` (C-contiguous, as many as it holds)."""
         ...
 
-    def in_memory(self, sample: int, start: int, size: int) -> torch.Tensor | None:
-        """Raw stages: these bytes of the record where they lie in memory, verified: uint8 [size], to be read only.
-        None where `read_into` is the way."""
+    def in_memory(self, samples: I64, starts: I64, size: int) -> Sequence[torch.Tensor | None]:
+        """Raw stages: of each record its `size` bytes from `start` on where they lie in memory, verified: uint8 [size],
+        to be read only. None where `read_into` is the way; nothing at all where it is for all of them."""
         ...
 
     def where(self, sample: int) -> str:
@@ -69,8 +71,8 @@ class StoredRecords:
         else:
             self._index.read_into(sample, out, start)
 
-    def in_memory(self, sample: int, start: int, size: int) -> torch.Tensor | None:
-        return None
+    def in_memory(self, samples: I64, starts: I64, size: int) -> Sequence[torch.Tensor | None]:
+        return ()
 
     def where(self, sample: int) -> str:
         return self._index.where(sample)
