@@ -47,7 +47,8 @@ def models(words: list[str]) -> int:
     parser = Parser(prog="alexnet-ddp models", description="The nets there are; show NAME: layers and costs.")
     parser.add_argument("action", nargs="?", choices=["list", "show"], default="list")
     parser.add_argument("name", nargs="?", metavar="NAME")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="num_classes, in_channels, width, image_size")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="a recipe's model.*, without model. in front, "
+                        "and image_size (a recipe's augment.size)")
     options = parser.parse_args(words)
 
     from alexnet_ddp.models import zoo
@@ -58,9 +59,13 @@ def models(words: list[str]) -> int:
     if options.name is None:
         raise UserError("models show takes a NAME, such as alexnet_single.")
 
-    from alexnet_ddp.config import parse_override
+    from alexnet_ddp.config import build, parse_override
 
-    print(zoo.show(options.name, **{".".join(path): value for path, value in map(parse_override, options.options)}))
+    wanted = {".".join(path): value for path, value in map(parse_override, options.options)}
+    size = {"size": wanted.pop("image_size")} if "image_size" in wanted else {}
+    recipe = build({"model": {**wanted, "name": options.name}, "augment": size, "data": {"train": "-"}})
+    options_of_model = {option: getattr(recipe.model, option) for option in zoo.OPTIONS}
+    print(zoo.show(recipe.model.name, image_size=recipe.augment.size, **options_of_model))
     return EXIT_FINISHED
 
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from alexnet_ddp import sections as s
+from alexnet_ddp.determinism import check_name
 from alexnet_ddp.errors import UserError
 
 
@@ -38,6 +39,7 @@ class Config(s.Section):
     clip_norm: float | None = s.field(None, "order", "largest gradient norm; null: no clipping", gt=0.0)
     label_smoothing: float = s.field(
         0.0, "order", "share of each label that is spread evenly over all classes; training only", ge=0.0, lt=1.0)
+    memory: s.MemorySection = s.field(s.MemorySection, "bits", "what is kept between forward and backward")
     checkpoint: s.CheckpointSection = s.field(s.CheckpointSection, "free", "when state is saved")
     evaluate: s.EvaluateSection = s.field(s.EvaluateSection, "free", "when and how accuracy is measured")
     log: s.LogSection = s.field(s.LogSection, "free", "what is written down")
@@ -189,6 +191,8 @@ KNOWN_ELSEWHERE = {  # written without _ and -
     "ramagnitude": "use augment.policy_magnitude",
     "resume": "starting a run whose directory has a checkpoint resumes it; --fresh starts over",
     "arch": "use model.name",
+    "gradcheckpointing": "use memory.checkpoint=blocks",
+    "gradientcheckpointing": "use memory.checkpoint=blocks",
     "gradaccum": "use micro_batch: a rank accumulates when its share of global_batch is larger",
     "labelsmoothingepsilon": "use label_smoothing",
     "opt": "use optim.name",
@@ -305,6 +309,7 @@ def check(config: Config) -> None:
     if config.optim.nesterov and (config.optim.name != "sgd" or config.optim.momentum == 0):
         raise UserError("optim.nesterov needs optim.name=sgd and a momentum above 0, got "
                         f"optim.name={config.optim.name} and optim.momentum={config.optim.momentum:g}.")
+    check_name(config.model.name, deterministic=config.deterministic, on_gpu=config.device == "cuda")
     if config.model.in_channels == 2:
         raise UserError("model.in_channels must be 3 (colour) or 1 (grey), got 2.")
     if config.data.stored.startswith("raw") and config.augment.crop == "squash":

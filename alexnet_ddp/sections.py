@@ -49,7 +49,8 @@ Triple = tuple[float, float, float]
 
 
 class ModelSection(Section):
-    name: str = field("alexnet_single", "order", "alexnet_single | alexnet_torchvision | torchvision:NAME")
+    name: str = field("alexnet_single", "order", "alexnet_paper | alexnet_torchvision | "
+                      "alexnet_single | alexnet_bn | torchvision:NAME")
     num_classes: int = field(1000, "order", "classes of the last layer; must be the data's", ge=2)
     in_channels: int = field(3, "order", "colour channels of the input: 3, or 1 for grey", ge=1, le=3)
     width: float = field(1.0, "order", "factor on every channel and hidden unit count", gt=0.0, le=8.0)
@@ -151,6 +152,11 @@ class EmaSection(Section):
         "/ (10 + n)) after n updates; the mean is evaluated too, and best.safetensors holds it; null: no mean",
         gt=0.0, lt=1.0)
     steps: int = field(1, "order", "steps between two updates of the mean", ge=1)
+
+
+class MemorySection(Section):
+    checkpoint: Literal["none", "blocks"] = field(
+        "none", "bits", "activation checkpointing; blocks: what a block computes is not kept but computed again")
 
 
 class CheckpointSection(Section):

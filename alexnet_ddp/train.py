@@ -40,7 +40,7 @@ from alexnet_ddp.ema import Ema, decay_at
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
 from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, record_of, view_of
 from alexnet_ddp.metrics import Window
-from alexnet_ddp.models import create_model
+from alexnet_ddp.models.recipe import create_for
 from alexnet_ddp.optim import create_optimizer, create_scaler, named_state
 from alexnet_ddp.report import Report, say_finished
 from alexnet_ddp.run import RunDirectory, Start, check_shared, lineage_of, write_refused
@@ -186,10 +186,7 @@ class Trainer:
             return False
 
         torch.manual_seed(config.seed)
-        net = everywhere(world, lambda: create_model(
-            config.model.name, num_classes=config.model.num_classes, in_channels=config.model.in_channels,
-            width=config.model.width, dropout=config.model.dropout, image_size=config.augment.size,
-            lrn_after=tuple(config.model.lrn_after)))
+        net = everywhere(world, lambda: create_for(config, on_gpu=world.on_gpu))
         net = net.to(world.device).to(memory_format=torch.channels_last)
         self.reseed = replica.has_torch_dropout(net)
         self.step = Step(wrap(net, world.device), create_optimizer(net, config.optim),

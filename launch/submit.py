@@ -26,6 +26,7 @@ from typing import Any
 
 from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
+from alexnet_ddp.determinism import check_name
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.runfiles import add_attempt
 from alexnet_ddp.stop import STOP_FILE, lead_time
@@ -97,6 +98,7 @@ def order(options: argparse.Namespace, *, command: str) -> Order:
     request = _request(options, profile, jobs=len(keep), site=site, known=known)
     notes = [f"profile {path}"] if path else []
     notes += _check(request, site, known=known, cluster=cluster)
+    check_name(first.model.name, deterministic=first.deterministic, on_gpu=request.gpus > 0 and first.device != "cpu")
     if request.gpus and first.device == "cpu":
         notes.append("the recipe says device: cpu, and GPUs are asked for all the same")
     elif not request.gpus and first.device == "cuda":

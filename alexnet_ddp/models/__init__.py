@@ -1,4 +1,4 @@
-"""The nets: two AlexNets of our own and every classifier of torchvision, by name."""
+"""The nets: four AlexNets of our own and every classifier of torchvision, by name."""
 
 from alexnet_ddp.models.zoo import create_model
 

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.models.alexnet import AlexNetSingle, AlexNetTorchvision
+from alexnet_ddp.models.alexnet import AlexNetBatchNorm, AlexNetPaper, AlexNetSingle, AlexNetTorchvision
 
-OURS = ("alexnet_single", "alexnet_torchvision")
+_OURS = {net.name: net for net in (AlexNetPaper, AlexNetTorchvision, AlexNetSingle, AlexNetBatchNorm)}
+OURS = tuple(_OURS)
 TORCHVISION = "torchvision:"
+OPTIONS = ("num_classes", "in_channels", "width", "dropout", "lrn_after")  # of create_model, as model.* in a recipe
+
+# What model.lrn_after may be for the others than alexnet_single: its default, which is not asked for, or the truth.
+_LRN_AFTER = {"alexnet_paper": ((1, 2),)}
+_NO_LRN = ((1, 2), ())
 
 # Nets with auxiliary heads return a tuple in training; without the heads all nets are trained and evaluated
 # alike.
@@ -44,7 +50,7 @@ def create_model(
 ) -> nn.Module:
     """A net with fresh weights from torch's generator, on torch's default device, in training mode.
 
-    name: `alexnet_single`, `alexnet_torchvision` or `torchvision:NAME`. width multiplies every channel and
+    name: one of `OURS` or `torchvision:NAME`. width multiplies every channel and
     hidden unit count (to a multiple of 8); dropout is a probability; image_size is in pixels; lrn_after
     lists the blocks of alexnet_single with local response normalisation. torchvision's own nets take
     num_classes and image_size alone. Maps [batch, in_channels, image_size, image_size] to logits [batch,
@@ -58,29 +64,20 @@ def create_model(
             raise UserError(f"{option} is a positive number; got {value}")
     if not 0 < width < math.inf:
         raise UserError(f"width is a positive factor on every channel count; got {width}")
-    if name == "alexnet_single":
-        return AlexNetSingle(
-            num_classes,
-            in_channels=in_channels,
-            width=width,
-            dropout=dropout,
-            image_size=image_size,
-            lrn_after=lrn_after,
-        )
-    own_lrn = tuple(lrn_after) in ((), (1, 2))  # left at its default, or said to be absent, which it is
-    if name == "alexnet_torchvision":
-        _refuse(name, [] if own_lrn else [f"lrn_after={list(lrn_after)}"])
-        return AlexNetTorchvision(
-            num_classes, in_channels=in_channels, width=width, dropout=dropout, image_size=image_size
+    foreign = [] if tuple(lrn_after) in _LRN_AFTER.get(name, _NO_LRN) else [f"lrn_after={list(lrn_after)}"]
+    if name in OURS:
+        own: dict[str, Any] = {"lrn_after": lrn_after} if name == "alexnet_single" else {}
+        _refuse(name, [] if own else foreign)
+        return _OURS[name](
+            num_classes, in_channels=in_channels, width=width, dropout=dropout, image_size=image_size, **own
         )
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "`alexnet-ddp models` lists them all."
         raise UserError(f"no model is called {name!r}; {hint}")
-    changed = {"in_channels": in_channels != 3, "width": width != 1.0, "dropout": dropout != 0.5}
-    values = {"in_channels": in_channels, "width": width, "dropout": dropout}
-    foreign = [f"{option}={values[option]}" for option, is_changed in changed.items() if is_changed]
-    _refuse(name, foreign + ([] if own_lrn else [f"lrn_after={list(lrn_after)}"]))
+    values = {"in_channels": (in_channels, 3), "width": (width, 1.0), "dropout": (dropout, 0.5)}
+    changed = [f"{option}={value}" for option, (value, default) in values.items() if value != default]
+    _refuse(name, changed + foreign)
     return _create_torchvision(name.removeprefix(TORCHVISION), num_classes=num_classes, image_size=image_size)
 
 

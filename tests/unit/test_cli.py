@@ -220,6 +220,18 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert "alexnet_single" in capsys.readouterr().out.splitlines()
     assert cli.main(["models", "show", "alexnet_single", "num_classes=10"]) == EXIT_FINISHED
     assert "58,322,314" in capsys.readouterr().out  # 62,378,344 - 990 x 4097
+    assert cli.main(["models", "show", "alexnet_paper", "image_size=227"]) == EXIT_FINISHED
+    assert "60,965,224" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "said"), [
+    ("widht=0.5", "did you mean 'model.width'"), ("width=abc", "model.width: must be a number"),
+    ("lrn_after=[1]", "alexnet_bn has no such option"), ("image_size=20", "at least 63 pixels"),
+])
+def test_models_show_refuses(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An option that isn't one, that has no such value, or that the net hasn't is one message."""
+    assert cli.main(["models", "show", "alexnet_bn", option]) == EXIT_USER
+    assert said in capsys.readouterr().err
 
 
 def test_data_index(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,6 +223,7 @@ def test_name_is_the_files(recipe: Path) -> None:
     (["name=../up"], "name must be letters"),
     (["name=a/b"], "name must be letters"),
     (["deadline=soon"], "A duration is written"),
+    (["deterministic=true", "device=cuda", "model.name=torchvision:vgg16_bn"], "AdaptiveAvgPool2d to 7x7"),
 ])
 def test_rules_across_fields(recipe: Path, overrides: list[str], said: str) -> None:
     """Fields that are right alone but wrong together are refused."""
@@ -300,7 +301,7 @@ def test_every_field_is_compared() -> None:
         "data.assignment": "owner", "augment.crop": "center", "augment.scale": [0.1, 1.0], "augment.ratio": [0.5, 2.0],
         "augment.color_jitter": [0.1, 0, 0, 0], "augment.mean": [0.5, 0.5, 0.5], "augment.std": [0.5, 0.5, 0.5],
         "optim.name": "adamw", "optim.betas": [0.9, 0.99], "optim.decay_on": "weights",
-        "ema.decay": 0.9, "schedule.name": "cosine", "schedule.milestones": [5.0],
+        "ema.decay": 0.9, "memory.checkpoint": "blocks", "schedule.name": "cosine", "schedule.milestones": [5.0],
         "amp": "bf16", "clip_norm": 1.0, "checkpoint.minutes": None, "checkpoint.steps": 7,
         "evaluate.crop": "squash", "device": "cpu", "deadline": "4h", "fault.kind": "inf", "fault.at": "save",
         "fault.signal": "INT", "model.in_channels": 1, "model.dropout": 0.25, "augment.flip": 0.25,

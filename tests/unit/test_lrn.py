@@ -30,6 +30,46 @@ def test_equals_torch_in_float64() -> None:
         torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
 
 
+def directly(x: torch.Tensor, *, size: int, alpha: float, beta: float, k: float, groups: int) -> torch.Tensor:
+    """The paper's formula (section 3.3), channel by channel: b = a / (k + alpha * sum of a**2)**beta, alpha as it is.
+
+    The paper's window runs from i - n/2 to i + n/2; of an even n, torch's has one channel less after i.
+    """
+    channels = x.shape[1] // groups
+    out = torch.empty_like(x)
+    for i in range(x.shape[1]):
+        group = range(i // channels * channels, (i // channels + 1) * channels)
+        window = [j for j in range(i - size // 2, i + (size - 1) // 2 + 1) if j in group]
+        out[:, i] = x[:, i] / (k + alpha * sum(x[:, j] ** 2 for j in window)) ** beta
+    return out
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_both_definitions_equal_their_formulas(groups: int) -> None:
+    """In float64, values and gradients equal the formulas written out: the paper's sum, and torch's with alpha / n."""
+    for size, beta in itertools.product((5, 4, 1), (0.75, 0.5)):
+        x = torch.randn(2, 12, 3, 2, dtype=torch.float64, requires_grad=True)
+        grad = torch.randn_like(x)
+        expected = {
+            "paper": directly(x, size=size, alpha=0.7, beta=beta, k=2.0, groups=groups),
+            "torch": directly(x, size=size, alpha=0.7 / size, beta=beta, k=2.0, groups=groups),
+        }
+        for definition, right in expected.items():
+            layer = LocalResponseNorm(size, alpha=0.7, beta=beta, k=2.0, definition=definition, groups=groups)
+            ours = layer(x)
+            torch.testing.assert_close(ours, right, atol=1e-13, rtol=1e-13)
+            gradients = [torch.autograd.grad(out, x, grad, retain_graph=True)[0] for out in (ours, right)]
+            torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
+
+
+def test_the_papers_alpha_is_five_times_torchs() -> None:
+    """With a window of 5 the paper's alpha = 1e-4 gives the bits of torch's alpha = 5e-4, and not those of 1e-4."""
+    x = torch.randn(2, 8, 3, 3, dtype=torch.float64) * 50
+    paper = local_response_norm(x, alpha=1e-4, definition="paper")
+    torch.testing.assert_close(paper, local_response_norm(x, alpha=5e-4), atol=1e-14, rtol=1e-14)
+    assert (paper - local_response_norm(x, alpha=1e-4)).abs().max() > 1
+
+
 def test_definition_divides_alpha_by_the_window() -> None:
     """Of five ones the middle one is divided by (k + alpha)**beta, an edge by (k + 3/5 alpha)**beta."""
     out = LocalResponseNorm(5, alpha=10.0, beta=0.75, k=2.0)(torch.ones(1, 5, 1, 1, dtype=torch.float64))
@@ -42,6 +82,12 @@ def test_gradcheck(beta: float) -> None:
     """The written-out backward is the derivative of the forward."""
     x = torch.randn(2, 7, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: local_response_norm(t, size=4, alpha=0.7, beta=beta), x)
+
+
+def test_gradcheck_in_towers() -> None:
+    """So it is by the paper's definition over two groups of channels."""
+    x = torch.randn(2, 8, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: local_response_norm(t, alpha=0.7, definition="paper", groups=2), x)
 
 
 def test_float32_is_close_to_torch() -> None:

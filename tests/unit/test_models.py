@@ -11,12 +11,12 @@ from torch.nn import functional
 import alexnet_ddp
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.models import create_model, zoo
-from alexnet_ddp.models.alexnet import AdaptiveAverage, ConvBlock, scaled
+from alexnet_ddp.models.block import AdaptiveAverage, ConvBlock, scaled
 from alexnet_ddp.models.dropout import KeyedDropout, set_dropout_rows
 from alexnet_ddp.models.lrn import LocalResponseNorm
 
 NARROW = {"num_classes": 10, "width": 0.1, "image_size": 64}
-OURS = ["alexnet_single", "alexnet_torchvision"]
+OURS = ["alexnet_paper", "alexnet_torchvision", "alexnet_single", "alexnet_bn"]
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_training_pass_repeats_bit_for_bit(name: str, precision: str) -> None:
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [name for name in OURS if name != "alexnet_bn"])  # whose samples see each other
 def test_micro_batches_add_up(name: str) -> None:
     """Gradients summed over micro-batches equal the whole batch's, dropout included, in float64."""
     torch.manual_seed(0)
@@ -294,9 +294,9 @@ def test_the_package_offers_create_model() -> None:
 
 
 def test_names_lists_everything() -> None:
-    """Our two nets come first, then torchvision's classifiers and nothing that isn't one."""
+    """Our four nets come first, then torchvision's classifiers and nothing that isn't one."""
     names = zoo.names()
-    assert names[:2] == OURS
+    assert names[:4] == OURS
     assert "torchvision:resnet50" in names and "torchvision:fcn_resnet50" not in names
 
 
@@ -323,6 +323,9 @@ def test_torchvision_by_name() -> None:
         ({"name": "torchvision:resnet18", "dropout": 0.1, "in_channels": 1}, "in_channels=1, dropout=0.1"),
         ({"name": "torchvision:resnet18", "lrn_after": (1,)}, r"lrn_after=\[1\]"),
         ({"name": "alexnet_torchvision", "lrn_after": (1, 2, 5)}, "lrn_after"),
+        ({"name": "alexnet_bn", "lrn_after": (1,)}, r"alexnet_bn has no such option: lrn_after=\[1\]"),
+        ({"name": "alexnet_paper", "lrn_after": ()}, r"alexnet_paper has no such option: lrn_after=\[\]"),
+        ({"name": "alexnet_paper", "image_size": 62}, "at least 63 pixels"),
         ({"name": "alexnet_single", "lrn_after": (0, 6)}, "1 to 5"),
         ({"name": "alexnet_single", "dropout": 1.0}, "0 <= dropout < 1"),
         ({"name": "alexnet_single", "width": 0.0}, "width"),
@@ -347,6 +350,9 @@ def test_refusals(options: dict[str, object], message: str) -> None:
         ("torchvision:squeezenet1_1", 349_151_936),
         ("torchvision:swin_t", 4_490_566_656),
         ("alexnet_single", 1_135_256_096),
+        # of three convolutions half of single's: a group sees half of the channels
+        ("alexnet_paper", 1_135_256_096 - (447_897_600 + 224_280_576 + 149_520_384) // 2),
+        ("alexnet_bn", 1_135_256_096),
     ],
 )
 def test_describe_adds_up(name: str, macs: int) -> None:

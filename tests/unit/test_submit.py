@@ -324,6 +324,7 @@ def test_default_time_of_the_partition(fake_slurm: Slurm, recipe: str, said: Sai
     (["--gpus-per-node", "4", "--tasks-per-node", "8"], "There is one task per GPU"),
     (["-N", "9", "-t", "99h"], "This can't run as it is asked for:\n  - "),
     (["device=cuda"], "The recipe says device: cuda, and no GPU is asked for. Use --gpus-per-node N."),
+    (["--gpus-per-node", "1", "deterministic=true", "model.name=torchvision:alexnet"], "Use alexnet_torchvision"),
     (["--mem", "lots"], "Memory is written 64G or 512000M, got 'lots'."),
     (["--lead-time", "20h"], "--lead-time is between 1 s and 65535 s, got 20h."),
     (["--lead-time", "0"], "--lead-time is between 1 s and 65535 s, got 0."),
