@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
@@ -21,7 +22,12 @@ def train(words: list[str]) -> int:
     parser.add_argument("--accept-changes", action="store_true", help="go on although the recipe has changed")
     parser.add_argument("--overfit", metavar="N", type=int, help="first sanity check: learn N samples by heart")
     parser.add_argument("--print-config", action="store_true", help="print the effective recipe and leave")
+    parser.add_argument("--print-schedule", action="store_true", help="show the learning rate of the run and leave")
+    parser.add_argument("--out", metavar="FILE", help="--print-schedule: also draw it, as .png or .svg")
+    parser.add_argument("--samples", metavar="N", type=int,
+                        help="--print-schedule: training images, where the data aren't at hand")
     options = parser.parse_intermixed_args(words)
+    check_words(options)
 
     from alexnet_ddp import config as recipes
 
@@ -33,6 +39,11 @@ def train(words: list[str]) -> int:
     fresh = options.fresh or options.overfit is not None
     if options.print_config:
         print(recipes.dump(config), end="")
+        return EXIT_FINISHED
+    if options.print_schedule:
+        from alexnet_ddp.curve import show
+
+        show(config, samples=options.samples, out=options.out)
         return EXIT_FINISHED
     if options.nproc_per_node is not None:
         from launch.agent import launch, ranks_wanted
@@ -64,6 +75,14 @@ def train(words: list[str]) -> int:
     if code == EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
         return EXIT_FINISHED  # torchrun would kill the other ranks and call it a failure
     return code
+
+
+def check_words(options: argparse.Namespace) -> None:
+    """Raises UserError for words that go with others only."""
+    if not options.print_schedule and (options.out is not None or options.samples is not None):
+        raise UserError("--out and --samples go with --print-schedule.")
+    if options.samples is not None and options.samples < 1:
+        raise UserError(f"--samples takes a number of images above 0, got {options.samples}.")
 
 
 def overfit(samples: int, name: str) -> list[str]:

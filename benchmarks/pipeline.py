@@ -235,7 +235,7 @@ def chart(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--chart needs matplotlib: pip install 'alexnet-ddp[bench]'") from None
+        raise UserError("--chart needs matplotlib: pip install 'alexnet-ddp[plots]'") from None
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.hashsalt": "alexnet-ddp", "svg.fonttype": "none"})  # text stays text
     from matplotlib import pyplot

@@ -86,7 +86,7 @@ def test_figures_of_nvidia_are_never_written(bench: pipeline.Bench, tmp_path: Pa
 
 def test_chart(bench: pipeline.Bench, tmp_path: Path) -> None:
     """The chart is an SVG that names the rows it is given."""
-    pytest.importorskip("matplotlib", reason="the extra `bench` isn't installed: no chart was drawn")
+    pytest.importorskip("matplotlib", reason="the extra `plots` isn't installed: no chart was drawn")
     pipeline.chart([row for row in bench.rows() if not row["nvidia"]], tmp_path / "c.svg", title="a machine")
     text = (tmp_path / "c.svg").read_text()
     assert text.startswith("<?xml") and "ours fast" in text and "theirs" not in text

@@ -15,7 +15,8 @@ from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER
 HEAVY = ("torch", "torchvision", "numpy", "tensorboard", "PIL")
 QUICK = ["alexnet_ddp", "alexnet_ddp.errors", "alexnet_ddp.cli", "alexnet_ddp.words", "alexnet_ddp.invocation",
          "alexnet_ddp.stop", "launch", "launch.agent",
-         "alexnet_ddp.sections", "alexnet_ddp.config", "alexnet_ddp.schedule", "alexnet_ddp.runfiles", "launch.demo",
+         "alexnet_ddp.sections", "alexnet_ddp.config", "alexnet_ddp.schedule", "alexnet_ddp.curve",
+         "alexnet_ddp.runfiles", "launch.demo",
          "launch.submit", "launch.status", "launch.doctor", "launch.job", "launch.attempts", "launch.snapshot"]
 
 
@@ -64,7 +65,9 @@ def test_imports_are_light() -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["models", "--help"], [],
-                                   ["train", "RECIPE", "--print-config"], ["train", "nowhere.yaml"], ["tain"]])
+                                   ["train", "RECIPE", "--print-config"],
+                                   ["train", "RECIPE", "--print-schedule", "--samples", "1000"],
+                                   ["train", "nowhere.yaml"], ["tain"]])
 def test_quick_answers_import_no_torch(words: list[str], recipe: Path) -> None:
     """Help, version, the effective recipe and users' mistakes are answered without importing torch or NumPy."""
     code = ("import sys\nfrom alexnet_ddp.cli import main\n"
