@@ -225,7 +225,8 @@ def _explain(path: str, problems: list[Any]) -> str:
     if problems[0]["type"] == "extra_forbidden":
         near = nearest_field(path)
         advice = KNOWN_ELSEWHERE.get(names[-1].lower().replace("_", "").replace("-", ""))
-        if advice and (near is None or near.rpartition(".")[0] != path.rpartition(".")[0]):
+        # Within a section its own field is likelier to be meant: evaluate.batch_size is evaluate.batch.
+        if advice and (near is None or "." not in path or near.rpartition(".")[0] != path.rpartition(".")[0]):
             return f"unknown key '{path}'; {advice}"
         known = f"; known: {', '.join(_siblings(names))}"
         return f"unknown key '{path}'" + (f"; did you mean '{near}'?" if near else known)

@@ -41,9 +41,11 @@ def put_back(state: TrainState | None, *, world: World, step: Step, window: Wind
     live = {"model": net.state_dict(), **named_state(net, step.optimizer), "ema": step.mean}
     box: list[Any] = [None, ""]
     if state is not None:
-        # A mean that --accept-changes has added begins at the weights; one that it took away is left behind.
+        # Another optimizer, or a mean, that --accept-changes has let in begins as in a new run: its state at zero, the
+        # mean at the weights. What isn't kept any more is left behind.
+        states = {kind: state.optimizer.get(kind, new) for kind, new in named_state(net, step.optimizer).items()}
         mean = {name: state.ema.get(name, state.model[name]) for name in live["ema"] if name in state.model}
-        saved = {"model": state.model, **state.optimizer, "ema": mean}
+        saved = {"model": state.model, **states, "ema": mean}
         box = [_plain(state), _difference(live, saved)]
         if not box[1]:
             for kind, tensors in live.items():

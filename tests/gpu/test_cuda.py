@@ -64,6 +64,15 @@ def test_step_never_waits_for_the_device(tmp_path: Path, pictures: Path) -> None
     assert json.loads((tmp_path / "runs/nosync/state.json").read_text())["status"] == "finished"
 
 
+def test_adamw_and_the_mean_of_the_weights(tmp_path: Path, pictures: Path) -> None:
+    """AdamW's and the mean's update never wait for the device, and a killed run of theirs ends in the same bits."""
+    words = ["log.sync_debug=true", "optim.name=adamw", "optim.lr=0.002", "optim.decay_on=weights", "ema.decay=0.9"]
+    train(tmp_path, pictures, "whole", *words).check()
+    assert train(tmp_path, pictures, "killed", *words, "fault.kind=kill", "fault.step=4").codes == [-9]
+    train(tmp_path, pictures, "killed", *words).check()
+    assert harness.final_files(tmp_path / "runs/killed") == harness.final_files(tmp_path / "runs/whole")
+
+
 @pytest.mark.parametrize("policy", ["randaugment", "trivial"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_no_augmentation_waits_for_the_device(tmp_path: Path, pictures: Path, policy: str, channels: int) -> None:

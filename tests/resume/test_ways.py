@@ -26,7 +26,7 @@ def test_killed_and_resumed(bench: Callable[..., Bench], row: str) -> None:
 
 def test_the_mean_is_what_counts_and_what_is_published(bench: Callable[..., Bench]) -> None:
     """With a mean of the weights both nets are evaluated, the best goes by the mean's top-1, best.safetensors holds it;
-    it can be taken away and added to a run that goes on with --accept-changes."""
+    with --accept-changes it can be taken away from a run and added to one, and another optimizer begin at zero."""
     here = bench(world=2, epochs=2, **COVERING["adamw, mean, one_cycle, smoothing"])
     run = here.twin
     record, = [record for record in harness.metrics(run.path) if record["kind"] == "evaluate"]
@@ -41,8 +41,11 @@ def test_the_mean_is_what_counts_and_what_is_published(bench: Callable[..., Benc
 
     changed = here.run()
     changed.go(*fault("signal", step=3, rank=0))
-    without = changed.go("ema.decay=null", "--accept-changes", *fault("signal", step=6, rank=0))
-    assert "exact: no, because ema.decay: 0.9 -> null" in without.output
-    assert store.load(changed.checkpoints[-1])[0].ema == {}
-    changed.go("ema.decay=0.9", "--accept-changes").check()
-    assert store.load(changed.checkpoints[-1])[0].ema.keys() == state.ema.keys()
+    without = changed.go("ema.decay=null", "optim.name=sgd", "--accept-changes", *fault("signal", step=6, rank=0))
+    assert "exact: no, because optim.name: adamw -> sgd; ema.decay: 0.9 -> null" in without.output
+    now, _ = store.load(changed.checkpoints[-1])
+    assert now.ema == {} and now.optimizer.keys() == {"momentum_buffer"}
+    changed.go("ema.decay=0.9", "optim.name=adamw", "--accept-changes").check()
+    last, _ = store.load(changed.checkpoints[-1])
+    assert last.ema.keys() == state.ema.keys() and last.optimizer.keys() == state.optimizer.keys()
+    assert {float(count) for count in last.optimizer["step"].values()} == {last.step - now.step}

@@ -48,6 +48,9 @@ def value(config: Config, path: str) -> Any:
     ("lr=0.1", "use optim.lr"),
     ("norm_weight_decay=0", "use optim.decay_on=weights"),
     ("pct_start=0.3", "use schedule.rise"),
+    ("model_ema_decay=0.99", "use ema.decay"),  # and not what is near in name, 'model'
+    ("decay_epochs=30", "use schedule.step_epochs"),
+    ("optimizer=adamw", "use optim.name"),
     ("optim.learning_rate=0.1", "use optim.lr"),
     ("data.num_workers=8", "use data.threads"),
     ("checkpoint.interval=3", "known: minutes, epochs, steps, keep"),  # nothing is near: what there is
