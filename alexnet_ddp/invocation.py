@@ -94,7 +94,7 @@ def overfit(samples: int, name: str) -> list[str]:
             "augment.crop=center", "augment.flip=0", "augment.rotation=0", "augment.color_jitter=[0,0,0,0]",
             "augment.pca_lighting=0", "augment.policy=none", "augment.erasing=0", "augment.mixup=0",
             "augment.cutmix=0", "schedule.name=constant", "schedule.warmup_epochs=0", "log.steps=10",
-            "checkpoint.epochs=null", "clip_norm=1", f"limits.loss={OVERFIT_LOSS}"]
+            "checkpoint.epochs=null", "clip_norm=10", f"limits.loss={OVERFIT_LOSS}"]
 
 
 def overfit_verdict(run_dir: Path, samples: int) -> int:

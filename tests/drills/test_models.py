@@ -20,7 +20,7 @@ def unit(name: str):  # type: ignore[no-untyped-def]
     return module
 
 
-determinism, recompute = unit("test_determinism"), unit("test_recompute")
+determinism, recompute, overfit = unit("test_determinism"), unit("test_recompute"), unit("test_overfit")
 CLASSIFIERS = [name for name in determinism.zoo.names() if name.startswith("torchvision:")]
 # Of every family that has a sequence of blocks: dropout, stochastic depth, batch norm, blocks in every kind of place.
 FAMILIES = ["resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "mobilenet_v2", "mobilenet_v3_small",
@@ -43,3 +43,13 @@ def test_recomputing_moves_no_bit(family: str) -> None:
     plain = recompute.small(f"torchvision:{family}")
     twin = recompute.recomputing(plain)
     recompute.check_equal(recompute.passed(twin, recompute.images()), recompute.passed(plain, recompute.images()))
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", overfit.OURS)
+def test_learns_64_photographs_by_heart(name: str, tmp_path: Path) -> None:
+    """64 photographs at 128 pixels, a quarter of the width, by the recipe's own numbers: under 0.1 within 300 steps."""
+    overfit.photographs.archive("imagenet-sample.tar")
+    steps, loss, seconds = overfit.learn(name, tmp_path, samples=64, size=128)
+    print(f"{name}: loss {loss:.3f} after {steps} steps, {seconds:.0f} s")
+    assert loss < 0.1

@@ -1,6 +1,7 @@
 """Recipes: what is refused and in which words, what YAML's traps become, and what a changed field means."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.models import create_model
+from alexnet_ddp.models.recipe import create_for
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -276,12 +277,23 @@ def test_every_recipe_loads(path: Path, recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_says_what_is_known_of_it(path: Path) -> None:
+    """The head of each file in configs/ has a command that trains it, hardware, and of time and accuracy a figure or
+    that it isn't measured yet."""
+    head = path.read_text().partition("\nname:")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"train configs/{path.stem}.yaml" in head or f"make {path.stem}" in head
+    for word in ("Hardware:", "Time", "ccuracy"):
+        assert word in head
+    assert "not yet measured" in head or re.search(r"\d+ s\b", head)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_no_recipe_has_a_rate_that_diverges(path: Path) -> None:
     """No file in configs/ has a learning rate of 0.1 or more for a net without batch norm (user pains: it diverges)."""
     config = recipes.load(path)
-    model = config.model
     with torch.device("meta"):
-        net = create_model(model.name, num_classes=model.num_classes, width=model.width, image_size=config.augment.size)
+        net = create_for(config, on_gpu=True)
     normalised = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in net.modules())
     assert normalised or config.optim.lr < 0.1
 
