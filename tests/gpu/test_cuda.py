@@ -14,6 +14,7 @@ from alexnet_ddp.data import raw
 from alexnet_ddp.data.decoding import views
 from alexnet_ddp.data.loader import Slot, SlotPool
 from alexnet_ddp.data.randomness import CROP_DRAWS, key, uniform
+from alexnet_ddp.determinism import raising_layers
 from alexnet_ddp.models import create_model
 from alexnet_ddp.models.dropout import dropout_mask
 from alexnet_ddp.models.lrn import local_response_norm
@@ -179,3 +180,29 @@ def test_a_slot_is_not_reused_before_its_copy() -> None:
         pool.give_back(slot, event)
         arrived.append((turn, copy.amin().float() + copy.amax().float()))
     assert all(float(total) == 2 * turn for turn, total in arrived)
+
+
+@pytest.mark.parametrize("name", ["alexnet_paper", "alexnet_bn", "torchvision:squeezenet1_1"])
+def test_recomputed_blocks_move_no_bit(tmp_path: Path, pictures: Path, name: str) -> None:
+    """On CUDA too, deterministic, memory.checkpoint=blocks ends in the bits of the run that keeps its activations."""
+    own = ["model.width=1.0"] if name.startswith("torchvision:") else []
+    for kept in ("none", "blocks"):
+        train(tmp_path, pictures, kept, f"model.name={name}", f"memory.checkpoint={kept}", *own).check()
+    assert harness.final_files(tmp_path / "runs/none") == harness.final_files(tmp_path / "runs/blocks")
+
+
+@pytest.mark.parametrize(("name", "raises"), [("torchvision:vgg11", True), ("torchvision:resnet18", False)])
+def test_refused_nets_are_those_that_raise(name: str, raises: bool) -> None:
+    """What determinism refuses raises in its backward on CUDA, and what it lets through doesn't."""
+    net = create_model(name, num_classes=10).cuda()
+    torch.use_deterministic_algorithms(True)
+    try:
+        loss = net(torch.randn(2, 3, 224, 224, device="cuda")).sum()
+        if raises:
+            with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+                loss.backward()
+        else:
+            loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert bool(raising_layers(net)) is raises
