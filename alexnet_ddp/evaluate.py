@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.decoding import views
 from alexnet_ddp.data.decoding.views import ChooseView, View
-from alexnet_ddp.data.loader import Loader, Work
+from alexnet_ddp.data.loader import Batch, Loader, Work
 from alexnet_ddp.data.transfer import Transfer
 from alexnet_ddp.distributed import World
 from alexnet_ddp.sections import AugmentSection, EvaluateSection
@@ -35,7 +35,8 @@ class Evaluation:
     samples: int
     correct1: int
     correct5: int
-    loss: float  # mean cross-entropy, natural logarithm
+    loss: float  # mean cross-entropy of the images that aren't damaged, natural logarithm
+    damaged: int = 0  # images of `samples`, all of them wrong
 
     @property
     def top1(self) -> float:
@@ -92,17 +93,18 @@ def view_of(section: EvaluateSection, augment: AugmentSection) -> ChooseView:
 
 def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose: ChooseView, augment: Augment,
              world: World, transfer: Transfer, carry_on: Callable[[], bool], tick: Callable[[str], None],
-             weights: Sequence[Mapping[str, Tensor]] = ({},)) -> list[Evaluation] | None:
+             weights: Sequence[Mapping[str, Tensor]] = ({},),
+             meet: Callable[[Batch], None] = lambda batch: None) -> list[Evaluation] | None:
     """Evaluates the unwrapped net on all `samples` samples. Collective; None when stopped in between.
 
     There is one Evaluation for each of `weights`: tensors by name that stand in for the net's own ({}: none does). An
     image is decoded once for all of them. `carry_on` is asked once per fetch on every rank and answers the same on all
-    of them; `tick` hears of every tile, and of the end of this rank's part.
+    of them; `tick` hears of every tile, and of the end of this rank's part; `meet` of each fetch with damaged images.
     """
     training = net.training
     net.eval()
     loss_of_tile = torch.zeros(len(weights), tiles_of(samples), dtype=torch.float64, device=world.device)
-    counts = torch.zeros(len(weights), 3, dtype=torch.int64, device=world.device)  # samples, top-1, top-5
+    counts = torch.zeros(len(weights), 4, dtype=torch.int64, device=world.device)  # samples, whole, top-1, top-5
     try:
         for buffer in net.buffers():  # batch-norm statistics are per rank: rank 0's are the run's
             dist.broadcast(buffer, src=0)
@@ -110,8 +112,11 @@ def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose
             for fetched in loader.run(works(samples, batch=batch, rank=world.rank, world=world.size, choose=choose)):
                 if not carry_on():
                     return None
+                if fetched.reasons:
+                    meet(fetched)
                 images, labels = transfer(fetched)
                 mask = torch.from_numpy(fetched.work.mask).to(world.device, non_blocking=True)
+                whole = mask & torch.from_numpy(~fetched.damaged).to(world.device, non_blocking=True)
                 for at in range(0, len(images), TILE):
                     tick("evaluate")
                     tile = slice(at, at + TILE)
@@ -119,23 +124,25 @@ def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose
                     for place, instead in enumerate(weights):
                         logits = torch.func.functional_call(net, dict(instead), (pixels,)).float()
                         losses = F.cross_entropy(logits, labels[tile], reduction="none").double()
-                        loss = torch.where(mask[tile], losses, 0.0).sum()
+                        loss = torch.where(whole[tile], losses, 0.0).sum()
                         loss_of_tile[place, fetched.work.step + at // TILE] = loss
                         ranks = label_ranks(logits, labels[tile])
-                        counts[place] += torch.stack([mask[tile].sum(), ((ranks < 1) & mask[tile]).sum(),
-                                                      ((ranks < 5) & mask[tile]).sum()])
+                        counts[place] += torch.stack([
+                            mask[tile].sum(), whole[tile].sum(), ((ranks < 1) & whole[tile]).sum(),
+                            ((ranks < 5) & whole[tile]).sum()])
         tick("gather")
         dist.all_reduce(counts)
         dist.all_reduce(loss_of_tile)  # every tile has one owner; the others add zeros
     finally:
         net.train(training)
     found = []
-    for (counted, correct1, correct5), losses_of_tiles in zip(counts.tolist(), loss_of_tile.tolist(), strict=True):
+    for (counted, read, correct1, correct5), losses_of_tiles in zip(counts.tolist(), loss_of_tile.tolist(),
+                                                                    strict=True):
         assert counted == samples, f"{counted} samples were counted, there are {samples}"
         summed = 0.0
         for tile_loss in losses_of_tiles:
             summed += tile_loss
-        found.append(Evaluation(samples, correct1, correct5, summed / samples))
+        found.append(Evaluation(samples, correct1, correct5, summed / max(1, read), samples - read))
     return found
 
 
@@ -144,4 +151,5 @@ def record_of(net: Evaluation, mean: Evaluation | None = None) -> dict[str, Any]
     numbers = {**asdict(net), "top1": net.top1, "top5": net.top5}
     if mean is None:
         return numbers
-    return {**numbers, **{f"ema_{name}": value for name, value in record_of(mean).items() if name != "samples"}}
+    of_images = ("samples", "damaged")  # the same for both
+    return {**numbers, **{f"ema_{name}": value for name, value in record_of(mean).items() if name not in of_images}}

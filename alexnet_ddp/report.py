@@ -16,6 +16,7 @@ from alexnet_ddp.checkpoint import store
 from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.checkpoint.writer import SaveFailed, Writer
 from alexnet_ddp.config import Config
+from alexnet_ddp.damage import Damage
 from alexnet_ddp.data.training import Data, largest_part
 from alexnet_ddp.distributed import World
 from alexnet_ddp.errors import UserError
@@ -65,6 +66,7 @@ class Report:
         self._warned = False  # of a state.json that can't be written
         self._asked = False  # for a save, of all ranks
         self.step_seconds = 0.0  # the slowest step so far
+        self.damage: Damage | None = None
 
     def greet(self, *, data: Data, world: World, parameters: int, device: str, step: int) -> None:
         """Who trains what on what, and from where it goes on."""
@@ -115,6 +117,10 @@ class Report:
         self._write({"kind": "evaluate", **record})
         self._console.evaluate(record)
 
+    def tell(self, line: str) -> None:
+        """A line of the program's own, without tearing the one that moves."""
+        self._console.line(f"alexnet-ddp: {line}")
+
     def _write(self, record: dict[str, Any]) -> None:
         record |= {"attempt": self._start.attempt, "time": sinks.now()}
         self._metrics.write(record)
@@ -161,11 +167,13 @@ class Report:
     def status(self, status: str, *, place: dict[str, Any], why: str = "", failure: Failure | None = None) -> None:
         last = self.writer.last
         took = {"step_seconds": self.step_seconds, "save_seconds": self.save_seconds}
+        skips = self._config.data.on_error == "skip"
+        facts = {"damaged": self.damage.counts} if skips and self.damage is not None else {}
         try:
             self._directory.write_state(
                 status, why=why, failure=failure, step=place["step"], epoch=place["epoch"], best=place["best"],
                 last_checkpoint=str(last.path) if last else self._start.resumed_from,
-                **{name: round(seconds, 3) for name, seconds in took.items() if seconds})
+                **{name: round(seconds, 3) for name, seconds in took.items() if seconds}, **facts)
         except OSError as error:
             if not self._warned and status != "failed":  # then the line about the failure is the last
                 say(f"state.json can't be written ({error.strerror}).")
@@ -178,6 +186,8 @@ class Report:
             raise SaveFailed(self.writer.failure)
         if self._board is not None:
             self._board.close()
+        if self.damage is not None and (damaged := self.damage.summary()):
+            self.tell(damaged)
         if cause:
             self.status("preempted", place=place, why=cause)
             (self._config.run_dir / STOP_FILE).unlink(missing_ok=True)

@@ -77,7 +77,10 @@ class DataSection(Section):
     cache_gb: float | None = field(
         None, "free", "disk, ram: most gigabytes (1e9 bytes) a node may use; null: all but a tenth of what is free; "
         "gpu: per rank", gt=0.0)
-    on_error: Literal["fail"] = field("fail", "order", "a damaged image ends the run, named")
+    on_error: Literal["fail", "skip"] = field(
+        "fail", "order", "a damaged image, named: fail: ends the run; skip: doesn't count (in an evaluation as wrong)")
+    max_damaged: float = field(
+        0.01, "free", "skip: largest share of the images that may be damaged; more end the run", ge=0.0, le=1.0)
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = field(
         "auto", "free", "decode threads of a rank; auto: the cores it really has")
     prefetch: int = field(4, "free", "micro-batches decoded ahead of the step", ge=2, le=64)

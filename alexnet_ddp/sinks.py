@@ -50,7 +50,7 @@ def rewrite(path: Path, lines: list[str]) -> None:
 
 
 class MetricsFile:
-    """metrics.jsonl: after a resume it holds exactly what the checkpoint has seen, so that no step occurs twice.
+    """metrics.jsonl and damaged.jsonl: after a resume they hold exactly what the checkpoint has seen, nothing twice.
 
     A full disk keeps lines in memory until it takes them again; nothing is lost, and training goes on.
     """
@@ -159,9 +159,10 @@ class Console:
             show(line)
 
     def evaluate(self, record: Record) -> None:
+        damaged = f", {record['damaged']} damaged" if record.get("damaged") else ""
         mean = f"  of the weights' mean {record['ema_top1']:.2%}" if "ema_top1" in record else ""
         self.line(f"epoch {record['epoch']}  step {record['step']}  held-out top-1 {record['top1']:.2%} "
-                  f"({record['correct1']} of {record['samples']}){mean}  top-5 {record['top5']:.2%}  "
+                  f"({record['correct1']} of {record['samples']}{damaged}){mean}  top-5 {record['top5']:.2%}  "
                   f"loss {record['loss']:.4f}  in {record['seconds']:.1f} s")
 
     def line(self, text: str) -> None:

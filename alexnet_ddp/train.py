@@ -24,13 +24,13 @@ from alexnet_ddp import distributed, faults, replica, sinks
 from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.config import Config
 from alexnet_ddp.cores import usable_cores
+from alexnet_ddp.damage import Damage, made
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.caches.device_cache import DeviceCache
 from alexnet_ddp.data.decoding import stages
 from alexnet_ddp.data.decoding.decode import create_decoder
 from alexnet_ddp.data.feed import Feed, device_cache, sweep, training_records, what_binds
 from alexnet_ddp.data.loader import Batch, Loader, Times, decode_threads
-from alexnet_ddp.data.mixing import mix
 from alexnet_ddp.data.order import check_owner
 from alexnet_ddp.data.randomness import dropout_rows, key
 from alexnet_ddp.data.records import Records, StoredRecords
@@ -275,6 +275,11 @@ class Trainer:
         if self.report is not None:
             report = self.report
             self.watchdog.on_failure = lambda failure: report.fail(failure, place=self.place)
+        self.damage = everywhere(world, lambda: Damage(
+            config.data, data=self.data, world=world, run_dir=config.run_dir, place=self.place,
+            attempt=self.start.attempt, say=self.report.tell if self.report is not None else sinks.say))
+        if self.report is not None:
+            self.report.damage = self.damage
         folder = config.run_dir / "trace"
         self.trace = everywhere(world, lambda: sinks.Trace(folder, world.rank) if config.log.trace else None)
 
@@ -349,7 +354,8 @@ class Trainer:
                 self.trace.write(step, **told(work, batch.views, section=self.config.augment))
             images, labels = self.feed.transfer(batch)
             rows = torch.from_numpy(dropout_rows(work.samples[work.own], seed=self.config.seed, step=step))
-            pixels, targets = mix(self.augment(images, work.draws), labels, work.mixing)
+            pixels, targets = made(batch, self.augment(images, work.draws), labels)
+            self.damage.meet(batch, kind="train", step=step + 1)
             pixels = faults.spoil(pixels, self.config.fault, step=step, rank=self.world.rank)
             yield MicroBatch(pixels, targets, rows.to(self.world.device, non_blocking=True), last)
 
@@ -375,6 +381,7 @@ class Trainer:
         self._tick("log")
         steps, step = self.window.filled, self.place["step"]
         summary = self.window.summary()
+        self.place["damaged"] = self.damage.share()
         elapsed = time.perf_counter() - self.window_began
         timed, times = range(self.timed_from, step), loader.times - self.times_before
         images = sum(self.order.plan(each).count for each in timed)
@@ -384,6 +391,8 @@ class Trainer:
             "skipped": summary.skipped, "images_per_second": images / elapsed,
             "data_wait": min(1.0, times.waiting / elapsed), "binds": what_binds(times, seconds=elapsed),
             "memory_peak": memory_peak(self.world)}
+        if self.config.data.on_error == "skip":
+            record["damaged"] = self.place["damaged"]
         if self.feed.cached is not None:
             record["cached"] = self.feed.cached
         if self.report is not None:
@@ -425,9 +434,11 @@ class Trainer:
             found = evaluate(self.step.net.module, loader, samples=len(self.data.val), batch=batch,
                              choose=view_of(self.config.evaluate, self.config.augment), augment=self.augment,
                              world=self.world, transfer=self.held_out.transfer, carry_on=carry_on, tick=self._tick,
-                             weights=[{}, self.step.mean] if self.step.mean else [{}])
+                             weights=[{}, self.step.mean] if self.step.mean else [{}],
+                             meet=lambda batch: self.damage.meet(batch, kind="evaluate", step=step))
         if found is None:
             return False
+        self.damage.share()
         best = self.place["best"]
         top1 = found[-1].top1  # where there is a mean of the weights, its own decides
         self.improved = best is None or top1 > best["top1"]
@@ -453,6 +464,7 @@ class Trainer:
     def _save(self) -> None:
         """Stages a copy of the state; the disk is written in the background."""
         self._tick("save")
+        self.place["damaged"] = self.damage.share()
         state = replica.capture(self.place, step=self.step, window=self.window, fp16=self.config.amp == "fp16")
         self._check_finite(state.skipped_in_a_row)
         if self.report is not None:

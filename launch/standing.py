@@ -36,6 +36,7 @@ class Row:
     checkpoint_step: int | None
     checkpoint_age: float | None  # seconds
     requeue: dict[str, str] | None  # the last decision: decision, cause, reason, time
+    damaged: int | None  # images left out (data.on_error=skip)
     updated: str | None  # when state.json was last written
 
 
@@ -72,6 +73,7 @@ def judge(facts: Facts) -> Row:
         checkpoint_age=max(0.0, facts.now - facts.saved.time) if facts.saved else None,
         requeue={key: _text(requeue.get(key)) for key in ("decision", "cause", "reason", "time")}
         if isinstance(requeue, dict) else None,
+        damaged=_sum(state.get("damaged")),
         updated=_text(state.get("updated")) or None)
 
 
@@ -198,6 +200,12 @@ def _text(value: Any) -> str:
 
 def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else None
+
+
+def _sum(value: Any) -> int | None:
+    """The sum of an object's numbers."""
+    numbers = [_whole(number) for number in value.values()] if isinstance(value, dict) else []
+    return sum(filter(None, numbers)) if numbers else None
 
 
 def _number(value: Any) -> float | None:

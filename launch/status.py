@@ -52,6 +52,8 @@ def notes(row: Row) -> list[str]:
     lines = [row.why] if row.why else []
     if row.why_not_exact:
         lines.append(f"not exact: {row.why_not_exact}")
+    if row.damaged:
+        lines.append(f"damaged images left out: {row.damaged:,}, listed in {row.run_dir}/damaged.jsonl")
     if row.state not in ("running", "saving", "finished") and row.checkpoint_step not in (None, row.step):
         lines.append(f"the newest checkpoint is that of step {row.checkpoint_step}")
     times = {0: "", 1: "restarted once"}.get(row.restarts or 0, f"restarted {row.restarts} times")

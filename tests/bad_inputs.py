@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -95,6 +96,27 @@ def truncate_one(folder: Path, name: str) -> Path:
     damaged = sorted((changed / "class1").iterdir())[-1]
     damaged.write_bytes(damaged.read_bytes()[:300])
     return damaged
+
+
+def damage(folder: Path, *, samples: int) -> dict[str, str]:
+    """Spoils so many images below `folder`, spread over it, in every way there is, in turn.
+
+    Returns what a decoder says of each (a regular expression), by path. Garbage is in the lower part, where a region
+    decoder may not look.
+    """
+    images, told = sorted(folder.glob("*/*.jpg")), {}
+    for number in range(samples):
+        image = images[number * len(images) // samples]
+        data = image.read_bytes()
+        half = data[: len(data) // 2]
+        spoilt, reason = (
+            (half, "truncated"),
+            (half + random.Random(number).randbytes(len(half)) + b"\xff\xd9", "broken data|cannot load"),
+            (bytes(len(data)), "not a JPEG or PNG"), (b"GIF89a " + data, "not a JPEG or PNG"),
+            (b"", "no bytes"))[number % 5]
+        image.write_bytes(spoilt)
+        told[str(image)] = reason
+    return told
 
 
 @contextmanager

@@ -105,14 +105,16 @@ def let_go_slowly(world: Any, folder: str) -> bool:
 CLASSES, SIZE, SAMPLES = 4, 64, 26  # by 10: two whole batches and one of 6
 
 
-def train_in_float64(world: Any, steps: int, micro_batch: int, inf_at: tuple[int, int] = (-1, -1)
-                     ) -> tuple[list[float], dict[str, Any], list[int]]:
+def train_in_float64(world: Any, steps: int, micro_batch: int, inf_at: tuple[int, int] = (-1, -1),
+                     damaged: tuple[int, ...] = ()) -> tuple[list[float], dict[str, Any], list[int]]:
     """Steps of the package's own step on a float64 net: (loss of each step, last weights, updates skipped).
 
-    At `inf_at`, (step, rank), one pixel of one sample is infinite.
+    At `inf_at`, (step, rank), one pixel of one sample is infinite. `damaged` samples are left out.
     """
+    import numpy as np
     import torch
 
+    from alexnet_ddp.damage import left_out
     from alexnet_ddp.data.loader import micro_batches
     from alexnet_ddp.data.order import Order
     from alexnet_ddp.data.randomness import dropout_rows
@@ -135,14 +137,23 @@ def train_in_float64(world: Any, steps: int, micro_batch: int, inf_at: tuple[int
         shown = pixels[mine]
         if inf_at == (number, world.rank):
             shown[0, 0, SIZE // 2, SIZE // 2] = float("inf")
-        step((MicroBatch(shown[cut], Targets(labels[mine[cut]]), rows[cut], cut is cuts[-1]) for cut in cuts),
+        bad = np.isin(mine, damaged)
+        parts = [(shown[cut], Targets(labels[mine[cut]])) for cut in cuts]
+        parts = [left_out(*part, damaged=bad[cut]) if bad[cut].any() else part
+                 for part, cut in zip(parts, cuts, strict=True)]
+        step((MicroBatch(*part, rows[cut], cut is cuts[-1]) for part, cut in zip(parts, cuts, strict=True)),
              lr=0.02, planned=order.plan(number).count, window=window)
         losses.append(window.summary().loss)
     return losses, {name: tensor.numpy() for name, tensor in net.state_dict().items()}, list(window.counts())
 
 
-def train_by_the_formula(steps: int, *, skip: int = -1) -> tuple[list[float], dict[str, Any]]:
-    """The same in plain torch: whole batches, mean loss, no DDP, SGD by hand; step `skip` moves nothing."""
+def train_by_the_formula(steps: int, *, skip: int = -1, damaged: tuple[int, ...] = ()
+                         ) -> tuple[list[float], dict[str, Any]]:
+    """The same in plain torch: whole batches, mean loss, no DDP, SGD by hand; step `skip` moves nothing.
+
+    Damaged samples are taken out of their batches, and the sum of the others' losses is divided by the planned size.
+    """
+    import numpy as np
     import torch
     import torch.nn.functional as F
 
@@ -155,11 +166,12 @@ def train_by_the_formula(steps: int, *, skip: int = -1) -> tuple[list[float], di
     net, losses = _net(), []
     velocity = {name: torch.zeros_like(parameter) for name, parameter in net.named_parameters()}
     for number in range(steps):
-        samples = order.batch(number)
+        planned = order.batch(number)
+        samples = planned[~np.isin(planned, damaged)]
         set_dropout_rows(net, torch.from_numpy(dropout_rows(samples, seed=1, step=number)))
         net.zero_grad()
         loss = F.cross_entropy(net(pixels[samples]), labels[samples])  # the mean over the whole global batch
-        loss.backward()
+        (loss * len(samples) / len(planned)).backward()
         losses.append(loss.item())
         if number == skip:
             continue

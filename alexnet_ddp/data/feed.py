@@ -46,7 +46,8 @@ class Feed:
     def loader(self, *, rows: int) -> Loader:
         """A loader for batches of at most `rows` images; runs once."""
         return Loader(self._records, self._labels, self._decoder, rows=rows, shape=self._shape, threads=self._threads,
-                      prefetch=self._config.data.prefetch, pin=self._device.type == "cuda", resident=self._kept)
+                      prefetch=self._config.data.prefetch, pin=self._device.type == "cuda", resident=self._kept,
+                      on_error=self._config.data.on_error)
 
     @property
     def cached(self) -> float | None:
@@ -87,7 +88,7 @@ def training_records(config: Config, data: Data, *, rank: int, world: int, neigh
 
     `neighbours`: the ranks on this node. Raises UserError.
     """
-    records = StoredRecords(data.train, config.data.stored)
+    records = StoredRecords(data.train, config.data.stored, say=say)
     kind = config.data.cache
     if kind != "disk" and kind != "ram":
         return records

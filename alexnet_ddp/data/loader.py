@@ -15,8 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -134,6 +134,7 @@ class Batch:
     """A finished micro-batch on the host. Give the slot back through `release`, with the event of its copy.
 
     `sent` [m] are the rows whose images are in the slot, in order: all n, but for those that the device keeps.
+    `damaged` [n] are the rows whose image can't be decoded, where such are left out: black, for `reasons` by row.
     """
 
     work: Work
@@ -141,6 +142,11 @@ class Batch:
     labels: I64
     sent: I64
     _pool: SlotPool
+    damaged: NDArray[np.bool_] = field(init=False)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.damaged = np.zeros(len(self.labels), np.bool_)
 
     @property
     def images(self) -> torch.Tensor:
@@ -181,13 +187,15 @@ class Loader:
 
     `labels` [samples of the data set]; `shape` is (height, width, channels) of an image in a slot: what the decoder is
     to make, or for raw stages the records' own width and channels, with all of their rows or, where every view only
-    cuts, with as many as a view has. Raises UserError for a damaged image (names the file, the offset and the sample),
-    when that batch's turn comes.
+    cuts, with as many as a view has. `on_error`: `fail` raises UserError for a damaged image (names the file, the
+    offset and the sample) when that batch's turn comes, `skip` tells of it in the batch. Raises Unreadable.
     """
 
     def __init__(self, records: Records, labels: NDArray[np.int32], decoder: Decoder, *, rows: int,
                  shape: tuple[int, int, int], threads: int, prefetch: int, pin: bool = False,
-                 resident: Resident | None = None) -> None:
+                 resident: Resident | None = None, on_error: Literal["fail", "skip"] = "fail") -> None:
+        self._on_error = on_error
+        self._damaged: dict[int, str] = {}  # samples -> why
         self._records, self._labels, self._decoder, self._resident = records, labels, decoder, resident
         is_raw = records.stage.kind == "raw"
         self._fill, self._chunk = (self._copy, RAW_CHUNK) if is_raw else (self._decode, CHUNK)
@@ -225,6 +233,7 @@ class Loader:
             batch, chunks = item
             for chunk in chunks:
                 chunk.result()
+            self._mark_kept(batch)
             self._waited += time.perf_counter() - started
             yield batch
 
@@ -274,7 +283,9 @@ class Loader:
                 read = time.perf_counter()
                 view = self._decoder(data, batch.work.choose(row), pixels[row])
             except (DamagedImage, OSError) as error:
-                raise self._named(error, sample) from None
+                self._leave_out(batch, row, error)
+                pixels[row], batch.slot.views[row] = 0, 0
+                continue
             reading, decoding = reading + read - began, decoding + time.perf_counter() - read
             batch.slot.views[row] = view
         self._count(reading=reading, decoding=decoding)
@@ -305,11 +316,11 @@ class Loader:
             elif self._closing.is_set():
                 return
             else:
-                sample = int(samples[at - first])
                 try:
-                    self._records.read_into(sample, slot.rows[at].numpy(), int(starts[at - first]))
+                    self._records.read_into(int(samples[at - first]), slot.rows[at].numpy(), int(starts[at - first]))
                 except (DamagedImage, OSError) as error:
-                    raise self._named(error, sample) from None
+                    self._leave_out(batch, int(batch.sent[at]), error)
+                    slot.rows[at].zero_()
         if into:
             torch._foreach_copy_(into, out)
         self._count(reading=time.perf_counter() - began)
@@ -318,11 +329,29 @@ class Loader:
         with self._counting:
             self._reading, self._decoding = self._reading + reading, self._decoding + decoding
 
+    def _leave_out(self, batch: Batch, row: int, error: DamagedImage | OSError) -> None:
+        """Notes a damaged image, or raises where that is not allowed."""
+        sample = int(batch.work.samples[row])
+        if self._on_error == "fail" or not isinstance(error, DamagedImage):
+            raise self._named(error, sample) from None
+        batch.damaged[row], batch.reasons[row] = True, str(error)
+        self._damaged[sample] = str(error)
+
+    def _mark_kept(self, batch: Batch) -> None:
+        """A damaged record that was sent once is black on the device, which keeps it: nobody reads it again."""
+        if not self._damaged or len(batch.sent) == len(batch.labels):
+            return
+        for row in np.setdiff1d(np.arange(len(batch.labels)), batch.sent).tolist():
+            why = self._damaged.get(int(batch.work.samples[row]))
+            if why is not None:
+                batch.damaged[row], batch.reasons[row] = True, why
+
     def _named(self, error: DamagedImage | OSError, sample: int) -> Exception:
         """The same, saying which sample it was."""
         place = f"{self._records.where(sample)} (sample {sample})"
         if isinstance(error, DamagedImage):
-            return UserError(f"Damaged image: {place}: {error}.\nReplace or remove that file and start again.")
+            return UserError(f"Damaged image: {place}: {error}.\nReplace or remove that file and start again, or leave "
+                             "damaged images out (data.on_error=skip).")
         return Unreadable(f"Can't read {place}: {error.strerror or error}.")
 
     def close(self) -> None:

@@ -6,8 +6,10 @@ front of it all look like that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 U8 = NDArray[np.uint8]
 I64 = NDArray[np.int64]
+T = TypeVar("T")
+
+WAITS = (0.1, 0.3, 0.9, 2.7)  # seconds between the tries of a read: storage that is away for longer fails the run
 
 
 class Records(Protocol):
@@ -49,11 +54,15 @@ class Records(Protocol):
 class StoredRecords:
     """Straight from an index, converted at each read where the index holds originals and the run wants another stage.
 
-    UserError where the index (a pack) holds another stage than the run declares.
+    A read that fails is tried again, its file opened anew, after WAITS (`pause` sleeps so many seconds); `say` is told
+    of the first. UserError where the index (a pack) holds another stage than the run declares.
     """
 
-    def __init__(self, index: Index, stage: str) -> None:
+    def __init__(self, index: Index, stage: str, *, say: Callable[[str], None] = lambda line: None,
+                 pause: Callable[[float], None] = time.sleep) -> None:
         self.stage, self._index = parse_stage(stage), index
+        self._say: Callable[[str], None] | None = say
+        self._pause = pause
         self._converts = index.stage != stage
         if self._converts and index.stage != "original":
             raise UserError(f"{index.source}: holds {index.stage}, the run wants data.stored={stage}. Use data.stored="
@@ -61,7 +70,7 @@ class StoredRecords:
                             f"give this run the originals, or a pack of them made with --stage {stage}.")
 
     def read(self, sample: int) -> bytes:
-        data = self._index.read(sample)
+        data = self._patiently(sample, lambda: self._index.read(sample))
         return to_stage(data, self.stage) if self._converts else data
 
     def read_into(self, sample: int, out: U8, start: int = 0) -> None:
@@ -69,10 +78,25 @@ class StoredRecords:
             flat = out.reshape(-1)
             flat[...] = np.frombuffer(self.read(sample), np.uint8)[start:start + flat.size]
         else:
-            self._index.read_into(sample, out, start)
+            self._patiently(sample, lambda: self._index.read_into(sample, out, start))
 
     def in_memory(self, samples: I64, starts: I64, size: int) -> Sequence[torch.Tensor | None]:
         return ()
 
     def where(self, sample: int) -> str:
         return self._index.where(sample)
+
+    def _patiently(self, sample: int, read: Callable[[], T]) -> T:
+        """What `read` gives at the first try that succeeds. Raises the last one's OSError."""
+        for seconds in WAITS:
+            try:
+                return read()
+            except OSError as error:
+                say, self._say = self._say, None
+                if say is not None:
+                    say(f"{self.where(sample)} can't be read ({error.strerror or error}); this and any other read that "
+                        f"fails is tried again for {sum(WAITS):.0f} s")
+            self._pause(seconds)
+            with contextlib.suppress(OSError):  # the read will meet it, too
+                self._index.reopen(sample)
+        return read()

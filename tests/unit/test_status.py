@@ -168,6 +168,16 @@ def test_spans(seconds: float, text: str) -> None:
     assert span(seconds) == text
 
 
+@pytest.mark.parametrize(("told", "count"), [
+    ({"train": 3, "evaluate": 1}, 4), ({"train": 0, "evaluate": 0}, 0), (None, None), (7, None), ({}, None),
+    ({"train": "x"}, 0)])
+def test_damaged_images_are_counted(told: object, count: int | None) -> None:
+    """Images left out of training and evaluation are one number, with a line where they are listed; null: not known."""
+    found = row(state=state("running", damaged=told))
+    assert found.damaged == count
+    assert [f"damaged images left out: {count}, " in line for line in status.notes(found)].count(True) == bool(count)
+
+
 # --- printing ---------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,18 @@ class Tars:
         finally:
             os.close(descriptor)
 
+    def reopen(self, number: int) -> None:
+        """Opens tar `number` anew where its descriptor is kept: that of a network file system may have gone stale.
+
+        Other threads may be reading from it: the new one takes its number, in one step. Raises as a read does.
+        """
+        with self._lock:
+            kept = self._descriptors.get(number)
+            if kept is not None:
+                fresh = self._open(number)
+                os.dup2(fresh, kept, inheritable=False)
+                os.close(fresh)
+
     def close(self) -> None:
         with self._lock:
             for descriptor in self._descriptors.values():

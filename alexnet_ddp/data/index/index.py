@@ -102,6 +102,18 @@ class Index:
         """For messages: a file's path, or a tar's with the member and its offset in bytes."""
         return self.table.where(sample, self.source.paths)
 
+    def place(self, sample: int) -> tuple[str, int | None]:
+        """The file that holds a sample, and in a tar its offset in bytes."""
+        offset = int(self.table.offsets[sample])
+        if offset == IN_A_FILE:
+            return self.where(sample), None
+        return self.source.paths[self.table.containers[sample]], offset
+
+    def reopen(self, sample: int) -> None:
+        """Opens the sample's tar anew before it is read again; a file of its own is opened at each read anyway."""
+        if int(self.table.offsets[sample]) != IN_A_FILE:
+            self._tars.reopen(int(self.table.containers[sample]))
+
     def read(self, sample: int) -> bytes:
         """The sample's file as stored.
 

@@ -1,0 +1,145 @@
+"""Damaged images under `data.on_error: skip`: the same weights on any number of ranks, the same bits after a kill."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import bad_inputs
+import harness
+from alexnet_ddp.checkpoint import store
+from twins import Run
+
+SAMPLES, HELD_OUT = 300, 70
+SPOILT, SPOILT_HELD_OUT = 3, 2  # 1 per cent of what is trained on
+STEPS, FP32 = 12, 1e-5  # two epochs; relative, the design's bound over the first 20 steps
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("damaged")
+    return harness.tiny_recipe(
+        folder, train=harness.make_images(folder / "train", samples=SAMPLES),
+        val=harness.make_images(folder / "val", samples=HELD_OUT, seed=1), global_batch=50, micro_batch=10,
+        checkpoint__steps=4, log__steps=1, optim__lr=0.005, data__on_error="skip", data__max_damaged=0.03,
+        augment__mixup=0.2, evaluate__epochs=2)
+
+
+@pytest.fixture(scope="module")
+def spoilt(recipe: Path) -> dict[str, str]:
+    return {**bad_inputs.damage(recipe.parent / "train", samples=SPOILT),
+            **bad_inputs.damage(recipe.parent / "val", samples=SPOILT_HELD_OUT)}
+
+
+@pytest.fixture(scope="module")
+def one_rank(recipe: Path, spoilt: dict[str, str]) -> Run:
+    """The run that all are compared with."""
+    run = Run(recipe, name="one", world=1)
+    run.go().check()
+    return run
+
+
+def listed(run: Run) -> list[dict[str, Any]]:
+    """damaged.jsonl without what tells of the attempt."""
+    lines = (run.path / "damaged.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in ("attempt", "time")}
+            for line in lines]
+
+
+def tensors(run: Run) -> dict[str, Any]:
+    return {f"{path.stem}/{name}": value for path in sorted(run.checkpoints[-1].glob("*.safetensors"))
+            if path.stem != "window" for name, value in load_file(path).items()}
+
+
+def check_same(run: Run, reference: Run) -> None:
+    """Same samples, losses and norms; same counts to the integer; the same weights but for the order of sums."""
+    assert harness.trace(run.path) == harness.trace(reference.path)
+    found, expected = harness.metrics(run.path), harness.metrics(reference.path)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            if name in ("loss", "grad_norm"):
+                np.testing.assert_allclose(mine[name], theirs[name], rtol=FP32)
+            else:
+                assert mine[name] == theirs[name], name
+    mine, theirs = tensors(run), tensors(reference)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(mine[name], value, rtol=0, atol=1e-4 * np.abs(value).max(), err_msg=name)
+    assert listed(run) == listed(reference)
+
+
+def test_each_damaged_image_is_named_once_with_its_reason(one_rank: Run, spoilt: dict[str, str]) -> None:
+    """1 per cent of the images, cut short, of garbage and of zeros: all steps taken, each file listed once with reason
+    and first step, counted in metrics, state.json and the checkpoint, and left out of the numbers."""
+    found = listed(one_rank)
+    assert {record["file"] for record in found} == set(spoilt) and len(found) == len(spoilt)
+    assert all(re.search(spoilt[record["file"]], record["reason"]) for record in found)
+    steps = harness.trace(one_rank.path)
+    assert len(steps) == STEPS
+    bad = {record["sample"] for record in found if record["kind"] == "train"}
+    records = [record for record in harness.metrics(one_rank.path) if record["kind"] == "train"]
+    assert [record["samples"] for record in records] == [
+        sum(sample not in bad for sample, _, _ in steps[step]) for step in range(STEPS)]
+    for record in found:
+        if record["kind"] == "train":
+            first = min(step for step in steps if record["sample"] in [sample for sample, _, _ in steps[step]])
+            assert record["step"] == first + 1
+    assert records[-1]["damaged"] == SPOILT == one_rank.state["damaged"]["train"]
+    assert one_rank.state["damaged"]["evaluate"] == SPOILT_HELD_OUT
+    assert store.load(one_rank.checkpoints[-1])[0].damaged == SPOILT
+
+
+def test_damaged_held_out_images_count_as_wrong(one_rank: Run) -> None:
+    """An evaluation counts every image, the damaged ones as wrong, and its loss is that of the others."""
+    evaluation, = (record for record in harness.metrics(one_rank.path) if record["kind"] == "evaluate")
+    assert (evaluation["samples"], evaluation["damaged"]) == (HELD_OUT, SPOILT_HELD_OUT)
+    assert evaluation["correct1"] <= HELD_OUT - SPOILT_HELD_OUT and evaluation["top1"] == (
+        evaluation["correct1"] / HELD_OUT)
+    assert evaluation["correct5"] == HELD_OUT - SPOILT_HELD_OUT  # of three classes
+    assert 0 < evaluation["loss"] < 5
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_world_size_changes_nothing(recipe: Path, one_rank: Run, world: int) -> None:
+    """2 and 3 ranks, micro-batches of 3: samples, losses, counts, weights and the list are those of one rank."""
+    run = Run(recipe, name=f"world{world}", world=world)
+    run.go("micro_batch=3").check()
+    check_same(run, one_rank)
+
+
+def test_killed_and_gone_on_with_on_the_same_ranks_and_on_others(recipe: Path, one_rank: Run) -> None:
+    """2 ranks killed in the second epoch: gone on with there, the bits of a run that wasn't; on 3 ranks, its list and
+    its count all the same, whatever the dead ranks had met."""
+    whole = Run(recipe, name="whole", world=2)
+    whole.go().check()
+    run = Run(recipe, name="killed", world=2)
+    killed = run.go("fault.kind=kill", "fault.step=9", "fault.rank=-1")
+    assert set(killed.codes) == {-9}
+    other = run.copy("other")
+    run.go().check()
+    assert harness.metrics(run.path) == harness.metrics(whole.path)
+    assert harness.final_files(run.path) == harness.final_files(whole.path)
+    assert listed(run) == listed(whole)
+    other.go(world=3).check()
+    assert listed(other) == listed(one_rank) and other.state["damaged"] == one_rank.state["damaged"]
+    assert store.load(other.checkpoints[-1])[0].damaged == SPOILT
+
+
+def test_too_many(recipe: Path, spoilt: dict[str, str]) -> None:
+    """Beyond data.max_damaged the run ends with one message: how many, the first of them, and the way out; with a
+    larger share the same command goes on."""
+    run, words = Run(recipe, name="too_many", world=2), ["epochs=1", "schedule.name=constant", "data.val=null"]
+    result = run.go("data.max_damaged=0.005", *words)
+    assert result.codes == [2, 2], result.output
+    last, = bad_inputs.messages(result.output)
+    assert f"data.train: {SPOILT} of {SAMPLES} images are damaged" in last and "raise data.max_damaged" in last
+    told = result.output[result.output.index(last):]
+    assert sum(path in told for path in spoilt) == SPOILT
+    assert store.load(run.checkpoints[-1])[0].damaged <= 0.005 * SAMPLES
+    run.go(*words).check()
