@@ -18,6 +18,7 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   submit CONFIG [key=value ...]       the same on a SLURM cluster, requeued and resumed with nobody watching
   status [RUN ...]                    where runs stand, and why
   doctor slurm                        what this cluster's settings mean for a run
+  report RUN [RUN ...]                accuracy of runs side by side; mean and deviation over seeds
   models                              the nets there are;  models show NAME: layers, sizes, parameters, MACs
   data index WHERE                    what lies in a folder, tar or shards
   data pack SRC DST                   the same images smaller or as bare pixels, in checksummed tars
@@ -30,6 +31,7 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
 
 On N GPUs:   torchrun --standalone --nproc-per-node=N -m alexnet_ddp train CONFIG
         or   alexnet-ddp train CONFIG --nproc-per-node N
+Several seeds, one run after the other:   alexnet-ddp train CONFIG seed=0..4      (submit: a job each)
 
 Exit codes: 0 finished, 75 stopped and resumable, 2 user error, 1 failed, 69 the hosts of a job don't reach each other,
 130 second Ctrl-C. A bare torchrun turns every code but 0 into 1; so under it a rank that stops exits 0, and state.json
@@ -98,6 +100,12 @@ def status(words: list[str]) -> int:
     return command(words)
 
 
+def report(words: list[str]) -> int:
+    from alexnet_ddp.results import main as command
+
+    return command(words)
+
+
 def doctor(words: list[str]) -> int:
     from launch.doctor import main as command
 
@@ -105,6 +113,7 @@ def doctor(words: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "submit": submit, "status": status,
+                                                   "report": report,
                                                    "doctor": doctor, "models": models, "data": data, "demo": demo}
 
 

@@ -15,7 +15,8 @@ OVERFIT_LOSS = 0.1  # mean cross-entropy at which a few samples count as learned
 def train(words: list[str]) -> int:
     parser = Parser(prog="alexnet-ddp train", description="Trains the run that CONFIG names, or goes on with it.")
     parser.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/alexnet_single.yaml")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides, such as optim.lr=0.02")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides, such as "
+                        "optim.lr=0.02; seed=0..4 (or 0,3,7): runs NAME-seed0 ... one after the other")
     parser.add_argument("--nproc-per-node", "--nproc_per_node", metavar="N|auto",
                         help="start N ranks on this machine (torchrun inside)")
     parser.add_argument("--fresh", action="store_true", help="start over; the old run directory is kept, renamed")
@@ -30,8 +31,11 @@ def train(words: list[str]) -> int:
     check_words(options)
 
     from alexnet_ddp import config as recipes
+    from alexnet_ddp import seeds
 
-    overrides = [*options.overrides]
+    overrides, several = seeds.split(options.overrides)
+    if several is not None and not options.print_schedule:  # which no seed moves
+        return train_seeds(options, overrides, several)
     if options.overfit is not None:
         # What the user asks for comes last, and wins.
         overrides = overfit(options.overfit, recipes.load(options.config, overrides).name) + overrides
@@ -83,6 +87,23 @@ def check_words(options: argparse.Namespace) -> None:
         raise UserError("--out and --samples go with --print-schedule.")
     if options.samples is not None and options.samples < 1:
         raise UserError(f"--samples takes a number of images above 0, got {options.samples}.")
+
+
+def train_seeds(options: argparse.Namespace, overrides: list[str], several: str) -> int:
+    """`train CONFIG seed=0..4`: the runs of all these seeds. Raises UserError."""
+    from alexnet_ddp import config as recipes
+    from alexnet_ddp import seeds
+
+    if options.overfit is not None:
+        raise UserError(f"--overfit is one run, got seed={several}. Give it one seed.")
+    if options.print_config:
+        print("---\n".join(map(recipes.dump, seeds.configs(options.config, overrides, seeds.parse(several)))), end="")
+        return EXIT_FINISHED
+    flags = [flag for flag, given in (("--fresh", options.fresh), ("--accept-changes", options.accept_changes))
+             if given]
+    if options.nproc_per_node is not None:
+        flags += ["--nproc-per-node", options.nproc_per_node]
+    return seeds.train(options.config, overrides, text=several, flags=flags)
 
 
 def overfit(samples: int, name: str) -> list[str]:

@@ -91,7 +91,7 @@ def _requests(site: Site) -> Iterator[Finding]:
                    "for.", "once, after submitting: does `scontrol show job ID` say Requeue=1 and your TimeLimit?")
     if site.seconds("MaxArraySize", 1001) < 2:
         yield warn("job arrays", "switched off (MaxArraySize), and with them --seeds.",
-                   "one submission a seed: seed=1 name=NAME_seed1")
+                   "one submission a seed: seed=1 name=NAME-seed1")
     if "gpu" not in site.word("GresTypes").split(","):
         yield warn("GPUs", "Slurm schedules none here (GresTypes): a job that asks for one is refused.",
                    "--tasks-per-node N instead of --gpus-per-node N")

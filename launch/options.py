@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm",
                        help="local: this machine, in the background; debug: this process")
     how = p.add_argument_group("how")
-    how.add_argument("--seeds", metavar="0-4|0,2,5", help="a job array: runs NAME_seed0 ...")
+    how.add_argument("--seeds", metavar="0..4|0,2,5", help="a job array: runs NAME-seed0 ...; or seed=0..4")
     how.add_argument("--parallel", metavar="N", type=_count, help="tasks of the array at a time")
     how.add_argument("--lead-time", metavar="T",
                      help="from the warning to the end; default 120s, at most a quarter of the time, more where a run "
@@ -75,22 +75,3 @@ def _count(text: str) -> int:
 def _gpus(text: str) -> tuple[str, int]:
     kind, _, number = text.rpartition(":")
     return kind, 0 if number == "0" and not kind else _count(number)
-
-
-SEEDS = 1000  # Slurm's MaxArraySize is 1001 unless a site has changed it
-
-
-def seeds(text: str) -> list[int]:
-    """`0-4` or `0,2,5` as numbers. Raises UserError."""
-    found: list[int] = []
-    for part in text.split(","):
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
-        if not span or (span[2] and int(span[2]) < int(span[1])):
-            raise UserError(f"--seeds takes numbers and spans such as 0-4 or 0,2,5, got '{text}'.")
-        seeds_of_span = range(int(span[1]), int(span[2] or span[1]) + 1)
-        if len(found) + len(seeds_of_span) > SEEDS:
-            raise UserError(f"--seeds makes a run of each seed, at most {SEEDS} at once, got '{text}'.")
-        found += seeds_of_span
-    if len(set(found)) < len(found):
-        raise UserError(f"--seeds names a seed twice: '{text}'. Two jobs can't work in one run directory.")
-    return found

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_ddp import config as recipes
+from alexnet_ddp import seeds
 from alexnet_ddp.config import Config
 from alexnet_ddp.determinism import check_name
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
@@ -34,7 +35,7 @@ from alexnet_ddp.words import answer
 from launch import durations, executors, plan, preflight, profiles, rundir, slurm, snapshot
 from launch.facts import Facts
 from launch.follow import Followed, follow
-from launch.options import parser, seeds
+from launch.options import parser
 from launch.preflight import Cluster, Known, Request
 from launch.profiles import Profile, Value
 from launch.requeue import Caps
@@ -72,7 +73,7 @@ class Order:
         """submitit's. An array's lies beside its runs, so that no run's --fresh takes it away from the others."""
         if len(self.configs) == 1:
             return self.run_dirs[0] / SUBMISSION
-        return self.run_dirs[0].with_name(f"{self.base}_seeds") / SUBMISSION
+        return self.run_dirs[0].with_name(f"{self.base}-seeds") / SUBMISSION
 
 
 # --- deciding ---------------------------------------------------------------------------------------------------
@@ -81,6 +82,9 @@ class Order:
 def order(options: argparse.Namespace, *, command: str) -> Order:
     """What is ordered, checked. Raises UserError for what can't be."""
     cluster, cwd = options.cluster, snapshot.working_directory()
+    overrides, several = seeds.split(options.overrides)
+    if several is not None and options.seeds is None:
+        options.overrides, options.seeds = overrides, several
     first = recipes.load(options.config, options.overrides)
     configs = [first] if options.seeds is None else _seeded(options, first)
     named = options.profile is not None or cluster == "slurm"  # the default is the site's, not this machine's
@@ -126,12 +130,11 @@ def _unseen_data(config: Config, cwd: Path) -> list[str]:
 
 def _seeded(options: argparse.Namespace, first: Config) -> list[Config]:
     if options.cluster != "slurm":
-        raise UserError(f"--seeds makes a job array, and --cluster {options.cluster} has none. Start the runs one by "
-                        "one: seed=0 name=..._seed0")
+        raise UserError(f"--seeds makes a job array, and --cluster {options.cluster} has none. On this machine "
+                        "alexnet-ddp train CONFIG seed=0..4 takes one run after the other.")
     if any(override.partition("=")[0].strip() == "seed" for override in options.overrides):
         raise UserError("--seeds sets the seed of each run; leave out seed=...")
-    return [recipes.load(options.config, [*options.overrides, f"seed={seed}", f"name={first.name}_seed{seed}"])
-            for seed in seeds(options.seeds)]
+    return seeds.configs(options.config, options.overrides, seeds.parse(options.seeds, what="--seeds"))
 
 
 def _request(options: argparse.Namespace, profile: Profile, *, jobs: int, site: Cluster,

@@ -385,7 +385,7 @@ def one_array_task(lane: Lane) -> Times:
     said = command("submit", str(lane.bench.recipe), "name=array", *SLOW, "--nodes", "2", "--tasks-per-node", "2",
                    "--time", "20", "-w", lane.list, "--seeds", f"{SEED}-{SEED + 1}")
     number = job_told(said)
-    runs = [lane.run(f"array_seed{seed}") for seed in (SEED, SEED + 1)]
+    runs = [lane.run(f"array-seed{seed}") for seed in (SEED, SEED + 1)]
     jobs = [lane.job(f"{number}_{index}") for index in range(2)]
     runs[0].wait_for_step(MEET, jobs[0])
     sent = jobs[0].signal("USR2")

@@ -137,7 +137,7 @@ def test_what_srun_starts(name: str, start: Start, tmp_path: Path) -> None:
     """srun gets the ranks (or an agent a node) with blocked signals, the cores asked for, and the frozen code."""
     done = start(name, SLURM_ARRAY_TASK_ID="3")
     assert done.returncode == EXIT_FINISHED, done.stderr
-    run = tmp_path / "runs" / ("one" if name != "seeds.sbatch" else "alexnet_single_seed3")
+    run = tmp_path / "runs" / ("one" if name != "seeds.sbatch" else "alexnet_single-seed3")
     (place,) = (path for path in (run / "snapshots").iterdir())
     words = (tmp_path / "srun.1").read_text().splitlines()
     at = words.index("env")
@@ -186,7 +186,7 @@ def test_mistake_in_the_recipe(start: Start, tmp_path: Path) -> None:
 
 def test_task_of_an_array_is_requeued_alone(start: Start, tmp_path: Path) -> None:
     """A task of the array over seeds asks for its own requeue, by its number in the array."""
-    stopped = STOPPED.replace("runs/one", "runs/alexnet_single_seed3")
+    stopped = STOPPED.replace("runs/one", "runs/alexnet_single-seed3")
     done = start("seeds.sbatch", ranks=stopped, SLURM_JOB_ID="15", SLURM_ARRAY_JOB_ID="12", SLURM_ARRAY_TASK_ID="3")
     assert done.returncode == EXIT_STOPPED, done.stderr
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 12_3"

@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 
 import harness
-from alexnet_ddp import cli
+from alexnet_ddp import cli, seeds
 from alexnet_ddp import config as recipes
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
 from alexnet_ddp.lease import Lease
 from alexnet_ddp.runfiles import read_attempts, replace_state
-from launch import executors, follow, plan, rundir, snapshot, submit
+from launch import executors, follow, plan, rundir, snapshot
 from launch.facts import Facts
 from launch.follow import Followed
 from launch.preflight import Request
@@ -528,17 +528,17 @@ def test_fresh(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Said) -> Non
 
 
 @pytest.mark.parametrize(("text", "numbers"), [("0", [0]), ("0-4", [0, 1, 2, 3, 4]), ("0,2,5", [0, 2, 5]),
-                                               ("7, 1-2", [7, 1, 2]), ("3-3", [3])])
+                                               ("7, 1-2", [7, 1, 2]), ("3-3", [3]), ("1..3,7", [1, 2, 3, 7])])
 def test_seeds(text: str, numbers: list[int]) -> None:
     """Numbers and spans, in the order they are written."""
-    assert submit.seeds(text) == numbers
+    assert seeds.parse(text) == numbers
 
 
-@pytest.mark.parametrize("text", ["0-100000", "", "a", "4-1", "1-", "-1", "1..3", "0,0", "0-3,2"])
+@pytest.mark.parametrize("text", ["0-100000", "", "a", "4-1", "1-", "-1", "1...3", "3..1", "0,0", "0-3,2"])
 def test_no_seeds(text: str) -> None:
     """Anything else is refused, and a seed given twice, whose two jobs would share a run directory."""
     with pytest.raises(UserError, match="--seeds"):
-        submit.seeds(text)
+        seeds.parse(text, what="--seeds")
 
 
 def test_array(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Said) -> None:
@@ -548,39 +548,46 @@ def test_array(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Said) -> Non
     found, runs = keys(fake_slurm.script), run_dir.parent
     assert found["array"] == "0-2%2"
     assert found["job-name"] == "small"
-    assert found["output"] == f"{runs}/small_seeds/slurm/%A_%a_0_log.out"
-    frozen = [next((runs / f"small_seed{seed}" / "snapshots").iterdir()) for seed in (0, 3, 5)]
+    assert found["output"] == f"{runs}/small-seeds/slurm/%A_%a_0_log.out"
+    frozen = [next((runs / f"small-seed{seed}" / "snapshots").iterdir()) for seed in (0, 3, 5)]
     assert f"SNAPSHOTS=({' '.join(map(str, frozen))})" in fake_slurm.script.splitlines()
     for number, (seed, path) in enumerate(zip((0, 3, 5), frozen, strict=True)):
         frozen_recipe = recipes.load(path / "recipe.yaml")
-        assert (frozen_recipe.seed, frozen_recipe.name) == (seed, f"small_seed{seed}")
-        run = runs / f"small_seed{seed}"
+        assert (frozen_recipe.seed, frozen_recipe.name) == (seed, f"small-seed{seed}")
+        run = runs / f"small-seed{seed}"
         [told] = read_attempts(run)
         assert (told["job"], told["array"]) == ("77", f"77_{number}")
-        (runs / "small_seeds" / "slurm" / f"77_{number}_0_log.out").write_text(f"log {seed}")
+        (runs / "small-seeds" / "slurm" / f"77_{number}_0_log.out").write_text(f"log {seed}")
         assert (run / "slurm" / f"77_{number}_0_log.out").read_text() == f"log {seed}"
-        assert (runs / "small_seeds" / "slurm" / f"77_{number}_submitted.pkl").exists()
+        assert (runs / "small-seeds" / "slurm" / f"77_{number}_submitted.pkl").exists()
     assert "submitted job 77, a job array of 3: one task, 1h at a time" in out
+
+
+def test_array_by_an_override(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Said) -> None:
+    """seed=0..2 says the same as --seeds 0-2: a job a seed."""
+    out, _ = said(recipe, "seed=0..2")
+    assert "a job array of 3" in out and keys(fake_slurm.script)["array"].startswith("0-2")
+    assert [next((run_dir.parent / f"small-seed{seed}" / "snapshots").iterdir()).exists() for seed in range(3)]
 
 
 def test_array_of_one(fake_slurm: Slurm, recipe: str, said: Said) -> None:
     """A single seed is a plain job."""
     out, _ = said(recipe, "--seeds", "4")
     assert "array" not in keys(fake_slurm.script)
-    assert "runs/small_seed4" in out
+    assert "runs/small-seed4" in out
 
 
 def test_array_leaves_finished_out(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Said) -> None:
     """Of an array submitted again, the seeds that are finished are said to be, and left out."""
-    path = run_dir.parent / "small_seed1"
+    path = run_dir.parent / "small-seed1"
     (path.parent).mkdir()
     said(recipe, "--seeds", "0-2", "--dry-run")
-    (run_dir.parents[1] / "one.yaml").write_text(Path(recipe).read_text() + "seed: 1\nname: small_seed1\n")
+    (run_dir.parents[1] / "one.yaml").write_text(Path(recipe).read_text() + "seed: 1\nname: small-seed1\n")
     trained(path, str(run_dir.parents[1] / "one.yaml"), status="finished")
     _, err = said(recipe, "--seeds", "0-2")
-    assert "small_seed1 is finished" in err
+    assert "small-seed1 is finished" in err
     assert keys(fake_slurm.script)["array"] == "0-1%2"
-    assert "small_seed1" not in fake_slurm.script
+    assert "small-seed1" not in fake_slurm.script
 
 
 # --- the environment of sbatch ----------------------------------------------------------------------------------

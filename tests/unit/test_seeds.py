@@ -1,0 +1,180 @@
+"""Several seeds: which runs they are, which are passed over; and what runs have reached, side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from alexnet_ddp import cli, results, seeds
+from alexnet_ddp import config as recipes
+from alexnet_ddp.errors import UserError
+from alexnet_ddp.runfiles import replace_state
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({"runs": str(tmp_path / "runs"), "data": {"train": "/x", "val": "/y"}}))
+    return str(path)
+
+
+def made(config: recipes.Config, top1: list[float], *, status: str = "finished", **more: Any) -> Path:
+    """The directory of a run that was evaluated so often, as far as a report reads it."""
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(recipes.dump(config))
+    replace_state(config.run_dir, {"status": status, "step": 10 * len(top1), "total_steps": 30})
+    with (config.run_dir / "metrics.jsonl").open("w") as file:
+        for number, value in enumerate(top1, 1):
+            record = {"kind": "evaluate", "step": 10 * number, "top1": value, "top5": value + 0.1, "loss": 1 - value,
+                      **more}
+            file.write(json.dumps({"kind": "train", "step": 10 * number, "loss": 1.0}) + "\n")
+            file.write(json.dumps(record) + "\n")
+    return config.run_dir
+
+
+def three(recipe: str, *overrides: str) -> list[recipes.Config]:
+    return seeds.configs(recipe, overrides, [0, 3, 7])
+
+
+# --- which runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "rest", "text"), [
+    (["a=1", "seed=0..4"], ["a=1"], "0..4"), (["seed=0,3,7", "b=2"], ["b=2"], "0,3,7"),
+    (["seed=1", "seed=0..1"], [], "0..1"), (["seed=5"], ["seed=5"], None),
+    (["seed=0..4", "seed=5"], ["seed=0..4", "seed=5"], None), ([], [], None),
+    (["seeds=0..4"], ["seeds=0..4"], None), (["seed=-1"], ["seed=-1"], None)])
+def test_several_seeds_are_told_from_one(words: list[str], rest: list[str], text: str | None) -> None:
+    """seed=0..4 and seed=0,3,7 are taken out of the overrides; a single seed, also a wrong one, stays with them."""
+    assert seeds.split(words) == (rest, text)
+
+
+def test_recipes_of_seeds(recipe: str) -> None:
+    """Each seed's recipe has the seed and the name NAME-seedN, by the file's name or the one given."""
+    assert {one.seed: one.name for one in three(recipe)} == {0: "small-seed0", 3: "small-seed3", 7: "small-seed7"}
+    assert three(recipe, "name=x")[1].name == "x-seed3"
+
+
+def test_finished_runs_are_passed_over(recipe: str) -> None:
+    """A run is passed over when it is finished with this recipe; not with more epochs, unfinished, or never begun."""
+    config = three(recipe)[0]
+    assert not seeds.is_finished(config)
+    made(config, [0.5])
+    assert seeds.is_finished(config) and seeds.is_finished(recipes.load(recipe, ["name=small-seed0", "log.trace=true"]))
+    assert not seeds.is_finished(recipes.load(recipe, ["name=small-seed0", "epochs=100"]))
+    replace_state(config.run_dir, {"status": "preempted"})
+    assert not seeds.is_finished(config)
+
+
+@pytest.mark.parametrize(("words", "environment", "says"), [
+    (["seed=0..2"], {"RANK": "0"}, "already a rank"), (["seed=0..2"], {"SLURM_STEP_ID": "0"}, "already a rank"),
+    (["seed=0..2", "--overfit", "4"], {}, "--overfit is one run"), (["seed=2..0"], {}, "got '2..0'"),
+    (["seed=1,1"], {}, "names a seed twice")])
+def test_refused(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str],
+                 environment: dict[str, str], says: str) -> None:
+    """Several seeds under torchrun or srun, with --overfit, backwards or twice: refused in words."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", recipe, *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_print_config(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """--print-config prints the recipe of each seed, as YAML documents."""
+    assert cli.main(["train", recipe, "seed=0..2", "--print-config"]) == 0
+    assert [one["seed"] for one in yaml.safe_load_all(capsys.readouterr().out)] == [0, 1, 2]
+
+
+# --- results ----------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_deviation_over_seeds(recipe: str) -> None:
+    """Three finished seeds: mean and deviation by n - 1 of best and last evaluation, from hand-made metrics."""
+    tops = ([0.2, 0.5, 0.4], [0.3, 0.4, 0.4], [0.1, 0.2, 0.6])
+    found, = results.group([results.read(made(config, top)) for config, top in zip(three(recipe), tops, strict=True)])
+    assert [run.seed for run in found.runs] == [0, 3, 7] and found.notes == [] and found.differs == {}
+    assert [run.best["step"] for run in found.runs if run.best] == [20, 20, 30]  # the first of equals
+    best, last = found.best["top1"], found.last["top1"]
+    assert (best.n, best.mean, best.deviation) == (3, pytest.approx(0.5), pytest.approx(0.1))
+    assert (last.mean, last.deviation) == (pytest.approx(1.4 / 3), pytest.approx(math.sqrt(0.04 / 3)))
+    assert found.best["loss"].mean == pytest.approx(0.5) and found.best["top5"].mean == pytest.approx(0.6)
+    told = results.markdown([found])
+    assert "mean ± standard deviation, n = 3" in told and "50.00 ± 10.00" in told and "46.67 ± 11.55" in told
+    lines = told.splitlines()
+    assert len({line.count("|") for line in lines}) == 1 and len({len(line) for line in lines}) == 1
+
+
+def test_unfinished_single_and_silent_runs_are_told(recipe: str) -> None:
+    """A run that isn't finished is shown and left out of the mean; one run has no deviation; none has no mean."""
+    configs = three(recipe)
+    runs = [results.read(made(configs[0], [0.5])), results.read(made(configs[1], [0.7], status="preempted"))]
+    found, = results.group(runs)
+    assert (found.best["top1"].n, found.best["top1"].deviation) == (1, None)
+    assert "small-seed3 (preempted, step 10 of 30)" in found.notes[0] and "no standard deviation" in found.notes[1]
+    assert "50.00" in results.markdown([found]) and "±" not in results.markdown([found])
+    none, = results.group(runs[1:])
+    assert none.best == {} and "mean" not in results.markdown([none]).replace("the mean", "")
+    silent, = results.group([results.read(made(configs[2], []))])
+    assert silent.best == {} and "Never evaluated" in silent.notes[0]
+
+
+def test_recipes_that_differ_are_apart(recipe: str) -> None:
+    """Runs that differ in more than the seed are groups of their own, with the fields named; free fields and names
+    don't part them, what an evaluation measures does, and two runs of one seed are told."""
+    runs = [made(config, [0.5]) for config in three(recipe)[:2]]
+    runs.append(made(recipes.load(recipe, ["name=x-seed0", "optim.lr=0.5", "log.tensorboard=false"]), [0.6]))
+    runs.append(made(recipes.load(recipe, ["name=y", "log.tensorboard=false", "data.threads=3"]), [0.4]))
+    groups = results.group([results.read(run) for run in runs])
+    assert [[run.name for run in one.runs] for one in groups] == [["small-seed0", "small-seed3", "y"], ["x-seed0"]]
+    assert [one.differs for one in groups] == [{"optim.lr": 0.01}, {"optim.lr": 0.5}]
+    assert groups[0].notes == ["Of the same seed, 0, so not independent: small-seed0, y."]
+    told = results.markdown(groups)
+    assert told.startswith("These runs are of 2 recipes: they differ in more than the seed (optim.lr).")
+    assert "optim.lr: 0.5:" in told
+    other = results.read(runs[0])
+    moved = replace(other, experiment={**other.experiment, "evaluate.crop": "squash"})
+    assert len(results.group([other, moved])) == 2
+
+
+def test_a_running_mean_decides_and_is_shown(recipe: str) -> None:
+    """Where the running mean of the weights was evaluated, its accuracy picks the best, and has columns of its own."""
+    run = made(three(recipe)[0], [0.5, 0.4], ema_top1=0.1, ema_top5=0.2, ema_loss=2.0)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(lines[-1])
+    lines[-1] = json.dumps({**record, "ema_top1": 0.9})
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = results.read(run)
+    assert found.best is not None and found.best["step"] == 20
+    assert "best EMA top-1 %" in results.report([run]) and "90.00" in results.report([run])
+
+
+def test_report_by_name(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`report NAME` stands for NAME-seed0 ... in the order of their numbers; a name that is nobody's, or named twice,
+    is refused; --json holds the spreads."""
+    for config in seeds.configs(recipe, [], [10, 2]):
+        made(config, [0.5])
+    runs = ["--runs", str(tmp_path / "runs")]
+    assert cli.main(["report", "small", "--json", *runs]) == 0
+    told, = json.loads(capsys.readouterr().out)
+    assert [run["seed"] for run in told["runs"]] == [2, 10] and told["best"]["top1"] == {
+        "n": 2, "mean": 0.5, "deviation": 0.0}
+    assert cli.main(["report", str(tmp_path / "runs" / "small-seed2")]) == 0
+    assert cli.main(["report", "smal", *runs]) == 2 and "There is no run 'smal'" in capsys.readouterr().err
+    assert cli.main(["report", "small", "small-seed2", *runs]) == 2 and "named twice" in capsys.readouterr().err
+    with pytest.raises(UserError, match="No recipe of the run"):
+        results.read(tmp_path)
+
+
+def test_no_torch() -> None:
+    """Neither seeds nor results import torch."""
+    script = "import sys, alexnet_ddp.seeds, alexnet_ddp.results; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "False"
