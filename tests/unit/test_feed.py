@@ -126,6 +126,22 @@ def test_what_is_kept_is_what_was_sent(room: int) -> None:
     assert cache.share == min(room, 12) / 12
 
 
+@pytest.mark.parametrize("room", [2, 6])
+def test_guests_pass_through(room: int) -> None:
+    """Samples of other ranks are sent whenever they come, take nobody's place, and come out as they are."""
+    pixels = torch.from_numpy(records(12, 4))
+    mine = np.array([2, 4, 6, 8, 10, 11])
+    cache = DeviceCache(mine, side=4, most_rows=6, device=CPU, limit=(room + 6) * 48)
+    for epoch in range(3):
+        for samples in (np.array([4, 2, 6, 3, 5]), np.array([10, 0, 1]), np.array([11, 8]), np.array([7, 9])):
+            absent = cache.absent(samples)
+            assert absent[~np.isin(samples, mine)].all()
+            assert epoch == 0 or absent[np.isin(samples, mine[:room])].sum() == 0
+            sent = np.flatnonzero(absent)
+            assert torch.equal(cache.exchange(samples, sent, pixels[samples][sent]), pixels[samples])
+    assert cache.share == room / 6
+
+
 def test_room_for_nothing_is_refused() -> None:
     """A limit under a batch and a record is refused, with what to change."""
     with pytest.raises(UserError, match=r"a larger data\.cache_gb"):
