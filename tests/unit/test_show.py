@@ -91,7 +91,7 @@ def test_what_was_drawn_is_told(tmp_path: Path, source: Path) -> None:
                                  augment__cutmix=1.0, augment__flip=1.0)
     seen = shown(recipe, epoch=0, count=10)
     for one, before in zip(seen, [seen[-1], *seen], strict=False):  # by the order of the step, which wraps
-        flipped, operation, erased, mixed = one.draws.split(show.BETWEEN)
+        flipped, operation, erased, mixed = one.draws
         assert flipped == "flipped" and operation.split()[0] in show.NAMES
         assert erased.startswith("erased ") and " at " in erased
         assert f"% of id {before.sample} (CutMix)" in mixed

@@ -54,7 +54,7 @@ class Shown:
     box: tuple[float, float, float, float]  # left, top, right, bottom of what is shown of it
     crop: U8  # [size, size, channels], as it leaves the host
     seen: U8  # the same after the device's share
-    draws: str  # flip, operations of a policy, angle, erased box, partner
+    draws: tuple[str, ...]  # flip, operations of a policy, angle, erased box, partner
 
     @property
     def cut(self) -> str:
@@ -157,7 +157,7 @@ def _see(config: Config, data: Data, works: Iterator[Work]) -> Iterator[Shown]:
                         _stored(records, sample), box, images[0].numpy(), seen[0], _drawn(work, section, policy))
 
 
-def _drawn(work: Work, section: AugmentSection, policy: Policy | None) -> str:
+def _drawn(work: Work, section: AugmentSection, policy: Policy | None) -> tuple[str, ...]:
     """What was drawn for a work's only own sample, in the order of the operations."""
     assert work.draws is not None
     words = ["flipped"] if section.flip > 0 and bool(work.draws.flip[0]) else []
@@ -174,7 +174,7 @@ def _drawn(work: Work, section: AugmentSection, policy: Policy | None) -> str:
         partner = int(work.samples[work.mixing.partners[0]])
         kind = "mixup" if work.mixing.box is None else "CutMix"
         words.append(f"{1.0 - work.mixing.share:.0%} of id {partner} ({kind})")
-    return BETWEEN.join(words)
+    return tuple(words)
 
 
 def _stored(records: StoredRecords, sample: int) -> Image.Image:
@@ -200,11 +200,13 @@ def _sheet(shown: list[Shown], *, title: str, facts: list[str], with_stages: boo
     side = shown[0].seen.shape[0]
     side *= max(1, -(-SMALLEST // side))
     pictures = 3 if with_stages else 1
-    width, height = pictures * side + (pictures - 1) * GAP // 2, side + 3 * LINE + 4
+    bold, font = ImageFont.load_default(14), ImageFont.load_default(11)
+    width = pictures * side + (pictures - 1) * GAP // 2
+    told = [_wrapped([one.cut, *one.draws], font, width) for one in shown]
+    height = side + (2 + max(map(len, told))) * LINE + 4
     columns = max(1, round((len(shown) * height / width) ** 0.5))
     columns = min(len(shown), max(columns, -(-600 // (width + GAP))))  # room for the title
     rows = -(-len(shown) // columns)
-    bold, font = ImageFont.load_default(14), ImageFont.load_default(11)
     across = max(600, columns * (width + GAP) + GAP)
     lines = _wrapped(facts, font, across - 2 * GAP)
     head = 2 * GAP + LINE + 4 + len(lines) * LINE
@@ -223,8 +225,8 @@ def _sheet(shown: list[Shown], *, title: str, facts: list[str], with_stages: boo
             sheet.paste(part, (left + (side - part.width) // 2, y + (side - part.height) // 2))
         folder, _, stem = one.name.partition("/")
         epoch = f"epoch {one.epoch}{BETWEEN}" if with_epoch else ""
-        below = one.cut + (BETWEEN + one.draws if one.draws else "")
-        captions = ((f"{epoch}{folder}", INK), (f"{stem}{BETWEEN}id {one.sample}", INK), (below, FAINT))
+        captions = [(f"{epoch}{folder}", INK), (f"{stem}{BETWEEN}id {one.sample}", INK),
+                    *((line, FAINT) for line in told[place])]
         for turn, (text, colour) in enumerate(captions):
             pen.text((x, y + side + 2 + turn * LINE), _fitted(text, font, width), fill=colour, font=font)
     return sheet
