@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, field_validator
 
 from alexnet_ddp import sections as s
 from alexnet_ddp.determinism import check_name
@@ -27,6 +27,11 @@ class Config(s.Section):
     runs: str = s.field("runs", "free", "folder that holds the run directories")
     seed: int = s.field(0, "order", "of weights, order, augmentation and dropout", ge=0, lt=2**63)
     model: s.ModelSection = s.field(s.ModelSection, "order", "the net")
+    init_from: str | None = s.field(
+        None, "order", "trained weights that a new run begins with: a run directory (RUN, RUN@last, RUN@step_N), a "
+        ".safetensors or .pth file, or torchvision:NAME; a resume doesn't read them again", min_length=1)
+    freeze: list[str] = s.field(
+        list, "order", "parts of the net that don't learn, by the beginning of their names: features, classifier.1")
     data: s.DataSection = s.field(s.DataSection, "order", "what it is trained on")
     augment: s.AugmentSection = s.field(s.AugmentSection, "order", "what is done to an image")
     global_batch: int = s.field(256, "order", "samples per step over all ranks", ge=1)
@@ -49,6 +54,14 @@ class Config(s.Section):
     torch_threads: int = s.field(0, "bits", "CPU threads of torch in a rank; 0: its share of the cores", ge=0)
     deadline: str | None = s.field(None, "free", "leave before this much time has passed: 90m, 4h, 1-12:00:00")
     fault: s.FaultSection = s.field(s.FaultSection, "free", "a fault on purpose, for drills")
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """`freeze=features,classifier.1` on a command line, and a single name, are lists too."""
+        if isinstance(value, str):
+            return [name.strip() for name in value.split(",") if name.strip()]
+        return [] if value is None else value
 
     @property
     def run_dir(self) -> Path:
@@ -193,6 +206,13 @@ KNOWN_ELSEWHERE = {  # written without _ and -
     "arch": "use model.name",
     "gradcheckpointing": "use memory.checkpoint=blocks",
     "gradientcheckpointing": "use memory.checkpoint=blocks",
+    "pretrained": "use init_from=torchvision:NAME (torchvision's weights), or init_from=RUN or a file of weights",
+    "weights": "use init_from=torchvision:NAME (torchvision's weights), or init_from=RUN or a file of weights",
+    "finetune": "use init_from=..., the run or file whose weights the new run begins with, and freeze=features",
+    "initialcheckpoint": "use init_from=..., the run or file whose weights the new run begins with",
+    "loadfrom": "use init_from=..., the run or file whose weights the new run begins with",
+    "trainable": "use freeze=..., the parts that don't learn",
+    "requiresgrad": "use freeze=..., the parts that don't learn",
     "gradaccum": "use micro_batch: a rank accumulates when its share of global_batch is larger",
     "labelsmoothingepsilon": "use label_smoothing",
     "opt": "use optim.name",

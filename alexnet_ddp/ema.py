@@ -22,7 +22,7 @@ def decay_at(step: int, section: EmaSection) -> float | None:
 
 
 class Ema:
-    """The exponential moving average of a net's parameters: mean = decay * mean + (1 - decay) * weights.
+    """The exponential moving average of a net's parameters that learn: mean = decay * mean + (1 - decay) * weights.
 
     Averages of the iterates are Polyak and Juditsky's (1992); the exponential form is that of torchvision's reference
     and of Szegedy et al. 2016, section 8. The mean is of parameters alone: buffers, batch norm's statistics, are the
@@ -31,7 +31,7 @@ class Ema:
 
     def __init__(self, net: nn.Module) -> None:
         """The mean begins at the (unwrapped) net's weights, on their device and in their dtype and layout."""
-        self._weights = dict(net.named_parameters())
+        self._weights = {name: each for name, each in net.named_parameters() if each.requires_grad}
         self.tensors = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()

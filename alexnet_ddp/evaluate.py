@@ -101,7 +101,7 @@ def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose
     image is decoded once for all of them. `carry_on` is asked once per fetch on every rank and answers the same on all
     of them; `tick` hears of every tile, and of the end of this rank's part; `meet` of each fetch with damaged images.
     """
-    training = net.training
+    modes = [(module, module.training) for module in net.modules()]  # of a frozen batch norm: evaluation, for good
     net.eval()
     loss_of_tile = torch.zeros(len(weights), tiles_of(samples), dtype=torch.float64, device=world.device)
     counts = torch.zeros(len(weights), 4, dtype=torch.int64, device=world.device)  # samples, whole, top-1, top-5
@@ -134,7 +134,8 @@ def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose
         dist.all_reduce(counts)
         dist.all_reduce(loss_of_tile)  # every tile has one owner; the others add zeros
     finally:
-        net.train(training)
+        for module, training in modes:
+            module.training = training
     found = []
     for (counted, read, correct1, correct5), losses_of_tiles in zip(counts.tolist(), loss_of_tile.tolist(),
                                                                     strict=True):

@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alexnet_ddp.checkpoint.state import TrainState
-from alexnet_ddp.distributed import World
+from alexnet_ddp.distributed import World, on_rank_0
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models.dropout import set_dropout_rows
+from alexnet_ddp.models.weights import Weights, put_into
 from alexnet_ddp.optim import named_state
 from alexnet_ddp.step import Step
 
@@ -30,6 +31,25 @@ def capture(place: Place, *, step: Step, window: Window, fp16: bool) -> TrainSta
     return TrainState(
         **{**place, "skipped": skipped, "skipped_in_a_row": in_a_row}, scaler=scaler, model=net.state_dict(),
         optimizer=named_state(net, step.optimizer), ema=step.mean, window=window.summed(), window_rows=window.filled)
+
+
+def begin_with(weights: Weights | None, *, world: World, net: nn.Module, recipe: dict[str, Any]
+               ) -> tuple[dict[str, Any], str]:
+    """Puts the weights that rank 0 has read into every rank's net (bare, on its device). Collective.
+
+    Returns their facts, and a line for people. What keeps its fresh values has them from the seed, the same on all
+    ranks. Raises UserError on all ranks when the weights don't fit.
+    """
+    def work() -> tuple[dict[str, Any], str]:
+        assert weights is not None
+        fresh = put_into(net, weights, recipe=recipe)
+        layer = f"; {fresh[0].rpartition('.')[0]} starts fresh, for other classes" if fresh else ""
+        return weights.facts, f"begins with the weights of {weights.where}{layer}"
+
+    told = on_rank_0(world, work)
+    for tensor in net.state_dict().values():
+        dist.broadcast(tensor, src=0)
+    return told
 
 
 def put_back(state: TrainState | None, *, world: World, step: Step, window: Window) -> Place:
@@ -104,7 +124,7 @@ def warm_up(step: Step, *, channels: int, size: int, device: torch.device) -> li
     lone: list[str] = []
 
     def look(name: str, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0][0, 0].numel() == 1 and name not in lone:
+        if inputs[0][0, 0].numel() == 1 and name not in lone and net.module.get_submodule(name).training:
             lone.append(name)
 
     handles = [module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs))

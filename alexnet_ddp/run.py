@@ -24,6 +24,7 @@ from alexnet_ddp.data.order import Order
 from alexnet_ddp.distributed import World, everywhere, on_rank_0
 from alexnet_ddp.errors import RunFailed, UserError
 from alexnet_ddp.lease import Lease
+from alexnet_ddp.models.weights import Weights, read_weights
 from alexnet_ddp.runfiles import STATE, free_name, job_of, read_state
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.sinks import say
@@ -42,6 +43,7 @@ class Start:
     finished: bool = False
     resumed_from: str = ""  # the checkpoint's path, "" for a new run
     notes: list[str] = field(default_factory=list)
+    init: dict[str, Any] | None = None  # facts of the weights that the run began with; None: fresh ones
     state: TrainState | None = None  # rank 0 only; stripped before it is told to the others
 
 
@@ -109,6 +111,7 @@ class RunDirectory:
         start.state, lineage = store.load(choice.path)
         start.resumed_from = str(choice.path)
         start.attempt = max(start.attempt, int(lineage["attempt"]) + 1)
+        start.init = lineage.get("init")
         why = check_recipe(lineage, config, order=order, done=start.state.step, accept=accept_changes)
         why += check_data(lineage, identities)
         if lineage["identities"]["val"] != identities["val"] and start.state.best is not None:
@@ -126,6 +129,17 @@ class RunDirectory:
         # Only a run that has ended in good order is over: one that was killed in its last evaluation is not.
         start.finished = start.state.step >= total and start.state.phase == "train"
         return start
+
+
+def read_start(config: Config, *, fresh: bool) -> Weights | None:
+    """The weights that a new run begins with; None without init_from, and for a run that has begun. Rank 0's.
+
+    Raises UserError when there are none, or none that verify.
+    """
+    begun = any(choose.order(path.name for path in config.run_dir.glob("checkpoints/step_*")))
+    if config.init_from is None or (begun and not fresh):
+        return None
+    return read_weights(config.init_from)
 
 
 def write_refused(config: Config, directory: RunDirectory | None, mistake: UserError) -> None:
@@ -174,13 +188,16 @@ def check_recipe(lineage: dict[str, Any], config: Config, *, order: Order, done:
     refused = [change for change in changes if change.effect == "order"
                and not (change.path == "epochs" and _same_rates(before, config, order=order, done=done))]
     fixed = [change for change in refused
-             if change.path == "global_batch" or change.path.startswith("model.")]
+             if change.path in ("global_batch", "init_from", "freeze") or change.path.startswith("model.")]
     if refused and (fixed or not accept):
         listed = "\n".join(f"  {change}" for change in refused)
         ways = (f"Give the new run a name of its own (name={config.name}_2), start over with --fresh (keeps the old "
                 "directory under another name), or undo the change.")
         if not fixed:
             ways += " To go on all the same: --accept-changes."
+        if any(change.path == "freeze" for change in refused):
+            ways += (f" A new run can begin with the weights of this one: name={config.name}_2 "
+                     f"init_from={config.run_dir}@last.")
         raise UserError(f"{config.run_dir} was started with another recipe, and this would change the experiment:\n"
                         f"{listed}\n{ways}")
     return [str(change) for change in changes if change in refused or change.effect == "bits"]
@@ -213,7 +230,7 @@ def lineage_of(config: Config, *, start: Start, numeric: dict[str, Any], identit
     """What a checkpoint says of where it comes from: plain Python."""
     return {
         "recipe": config.model_dump(mode="json"), "numeric": numeric, "identities": identities, "decoder": decoder,
-        "attempt": start.attempt, "exact": start.exact, "why_not_exact": start.why_not_exact,
+        "init": start.init, "attempt": start.attempt, "exact": start.exact, "why_not_exact": start.why_not_exact,
         "alexnet_ddp": alexnet_ddp.__version__, "torch": str(torch.__version__),
         "python": platform.python_version(), "host": platform.node(), "code": git_state(),
         **job_of(os.environ).facts,

@@ -40,10 +40,12 @@ from alexnet_ddp.ema import Ema, decay_at
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
 from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, record_of, view_of
 from alexnet_ddp.metrics import Window
+from alexnet_ddp.models.frozen import freeze
 from alexnet_ddp.models.recipe import create_for
+from alexnet_ddp.models.weights import Weights
 from alexnet_ddp.optim import create_optimizer, create_scaler, named_state
 from alexnet_ddp.report import Report, say_finished
-from alexnet_ddp.run import RunDirectory, Start, check_shared, lineage_of, write_refused
+from alexnet_ddp.run import RunDirectory, Start, check_shared, lineage_of, read_start, write_refused
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.step import MicroBatch, Step, sync_debug, wrap
 from alexnet_ddp.stop import CAUSES, StopRequests, deadline_from, lead_time
@@ -72,6 +74,8 @@ def train(config: Config, *, requests: StopRequests, fresh: bool = False, accept
     directory: RunDirectory | None = None
     try:
         prepare_torch(config, world)
+        read: list[Weights | None] = []
+        on_rank_0(world, lambda: read.append(read_start(config, fresh=fresh)))  # before what takes long
         data = first_on_node(world, lambda: open_data(config))
         if config.data.assignment == "owner":
             everywhere(world, lambda: check_owner(shards=config.data.shards, world=world.size))
@@ -86,7 +90,7 @@ def train(config: Config, *, requests: StopRequests, fresh: bool = False, accept
         check_shared(world, config.run_dir)
 
         trainer = Trainer(config, world, data, directory, watchdog=watchdog, requests=requests, started=started)
-        going_on = trainer.prepare(accept_changes=accept_changes)
+        going_on = trainer.prepare(accept_changes=accept_changes, weights=read.pop() if read else None)
         code = trainer.run() if going_on else EXIT_FINISHED  # it was finished already
         let_go(world, data, directory)
     except UserError as mistake:  # while setting up: all ranks raise the same
@@ -176,8 +180,11 @@ class Trainer:
             made += f", torchvision {metadata.version('torchvision')}"
         return made if self.config.data.stored == "original" else f"{made}, {stages.VERSIONS}"
 
-    def prepare(self, *, accept_changes: bool) -> bool:
-        """Builds the net and puts the state in it; False when the run is finished already. Raises UserError."""
+    def prepare(self, *, accept_changes: bool, weights: Weights | None) -> bool:
+        """Builds the net and puts the state in it; False when the run is finished already. Raises UserError.
+
+        `weights` are what a new run begins with, on rank 0, where the recipe says init_from.
+        """
         config, world = self.config, self.world
         self.start = self._open_run(accept_changes)
         if self.start.finished:
@@ -188,6 +195,12 @@ class Trainer:
         torch.manual_seed(config.seed)
         net = everywhere(world, lambda: create_for(config, on_gpu=world.on_gpu))
         net = net.to(world.device).to(memory_format=torch.channels_last)
+        if config.init_from is not None and not self.start.resumed_from:
+            self.start.init, note = replica.begin_with(weights, world=world, net=net,
+                                                       recipe=config.model_dump(mode="json"))
+            self.start.notes.append(note)
+        frozen = everywhere(world, lambda: freeze(net, config.freeze))
+        self.start.notes += frozen.notes(fresh=self.start.init is None)
         self.reseed = replica.has_torch_dropout(net)
         self.step = Step(wrap(net, world.device), create_optimizer(net, config.optim),
                          create_scaler(config.amp, world.device), amp=config.amp, clip_norm=config.clip_norm,

@@ -124,6 +124,9 @@ def order(options: argparse.Namespace, *, command: str) -> Order:
 def _unseen_data(config: Config, cwd: Path) -> list[str]:
     """Data that this machine doesn't see: on a login node no mistake yet."""
     places = [("data.train", config.data.train), ("data.val", config.data.val)]
+    begin = config.init_from or ""
+    if not begin.startswith("torchvision:") and not (cwd / begin).exists():  # itself, or the run before the @
+        places.append(("init_from", begin.rpartition("@")[0] or begin))
     return [f"{name}={place} isn't there on this machine; the nodes must have it" for name, place in places
             if place and not re.search(r"[*?{\[]", place) and not (cwd / place.partition("::")[0]).exists()]
 

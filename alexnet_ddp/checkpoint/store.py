@@ -35,6 +35,7 @@ from alexnet_ddp.errors import RunFailed, UserError
 MANIFEST = "manifest.json"
 STATE = "state.json"
 SUFFIX = ".safetensors"
+WEIGHTS, MEAN = "model" + SUFFIX, "ema" + SUFFIX
 PYTORCH = {"format": "pt"}  # metadata by which libraries know whose layout a safetensors file has
 PREVIOUS = ".previous"
 
@@ -152,14 +153,27 @@ def load(path: Path) -> tuple[TrainState, dict[str, Any]]:
     manifest = read_manifest(path)
     plain, tensors = {}, {}
     for file, expected in manifest.files.items():
-        with _damage(path, file):
-            data = files.read(path / file)
-        _compare(path, file, Written(len(data), files.sha256(data)), expected)
+        data = _read(path, file, expected)
         if file == STATE:
             plain = json.loads(data)
         else:
             tensors[file.removesuffix(SUFFIX)] = safetensors.torch.load(data)
     return restore(plain, tensors=tensors, schema=manifest.schema), manifest.lineage
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], Manifest]:
+    """The weights that a checkpoint would publish (on the CPU; as `TrainState.published`), and its manifest.
+
+    The bytes parsed are the bytes verified. Raises Damaged.
+    """
+    manifest = read_manifest(path)
+    if WEIGHTS not in manifest.files:
+        raise Damaged(path, f"{MANIFEST} tells of no {WEIGHTS}")
+    tensors: dict[str, Tensor] = {}
+    for file in (WEIGHTS, MEAN):
+        if file in manifest.files:
+            tensors |= safetensors.torch.load(_read(path, file, manifest.files[file]))
+    return tensors, manifest
 
 
 def refuse_non_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -280,6 +294,14 @@ def _damage(path: Path, file: str) -> Iterator[None]:
         raise Damaged(path, f"{file} is missing") from None
     except OSError as error:
         raise Damaged(path, f"{file} can't be read ({error.strerror or error})") from None
+
+
+def _read(path: Path, file: str, expected: Written) -> bytes:
+    """The content of a checkpoint's file, compared with the manifest. Raises Damaged."""
+    with _damage(path, file):
+        data = files.read(path / file)
+    _compare(path, file, Written(len(data), files.sha256(data)), expected)
+    return data
 
 
 def _compare(path: Path, file: str, found: Written, expected: Written) -> None:

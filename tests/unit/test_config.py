@@ -53,6 +53,9 @@ def value(config: Config, path: str) -> Any:
     ("decay_epochs=30", "use schedule.step_epochs"),
     ("optimizer=adamw", "use optim.name"),
     ("optim.learning_rate=0.1", "use optim.lr"),
+    ("model.pretrained=true", "use init_from=torchvision:NAME"),
+    ("finetune=runs/a", "use init_from="),
+    ("freeze_layers=features", "did you mean 'freeze'?"),
     ("data.num_workers=8", "use data.threads"),
     ("checkpoint.interval=3", "known: minutes, epochs, steps, keep"),  # nothing is near: what there is
 ])
@@ -87,6 +90,8 @@ def test_unknown_key_names_the_right_one(recipe: Path, wrong: str, said: str) ->
     ("deterministic=maybe", "deterministic: must be a boolean"),
     ("optim=0.1", "'optim' is a section"),
     ("optim={lr: 0.1}", "'optim' is a section"),
+    ("freeze={features: 1}", "freeze: must be a list, got {'features': 1}"),
+    ("init_from=''", "init_from: "),
     ("x={[1]: 2}", "a key must be a word"),
     ("seed", "written key=value"),
     ("=3", "written key=value"),
@@ -164,6 +169,9 @@ def test_all_mistakes_are_told_at_once(recipe: Path) -> None:
     ("null", "clip_norm", None), ("~", "data.val", None), ("*.tar", "data.train", "*.tar"),
     ("a-{00..12}.tar", "data.train", "a-{00..12}.tar"), ("/a.tar::train", "data.train", "/a.tar::train"),
     ("[0.1, 0.2, 0.3, 0]", "augment.color_jitter", [0.1, 0.2, 0.3, 0.0]),
+    ("features", "freeze", ["features"]), ("features, classifier.1", "freeze", ["features", "classifier.1"]),
+    ("[features, classifier.1]", "freeze", ["features", "classifier.1"]), ("", "freeze", []), ("", "init_from", None),
+    ("torchvision:alexnet", "init_from", "torchvision:alexnet"), ("runs/a@last", "init_from", "runs/a@last"),
 ])
 def test_scalars_mean_what_they_look_like(recipe: Path, written: str, path: str, read: Any) -> None:
     """`1e-4` is a number; `off`, dates and times are words; so on the command line as in a file."""
@@ -311,6 +319,7 @@ def test_every_field_says_what_it_is() -> None:
 def test_every_field_is_compared() -> None:
     """Each field that is changed, and it alone, is reported with the effect that it declares."""
     other: dict[str, Any] = {
+        "init_from": "runs/b", "freeze": ["features"],
         "name": "b", "runs": "r", "model.name": "alexnet_torchvision", "model.lrn_after": [5], "data.train": "/y",
         "data.val": "/v", "data.limit": 5, "data.stored": "short256", "data.on_error": "skip", "data.decoder": "pillow",
         "data.threads": 2, "data.assignment": "owner", "augment.crop": "center",

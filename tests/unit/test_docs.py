@@ -68,6 +68,8 @@ def values(info: Any) -> str:
     signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = [f"{sign} {bound:g}" for rule in info.metadata for name, sign in signs.items()
               if (bound := getattr(rule, name, None)) is not None and bound < 2**31]
+    if "list[str]" in annotation:
+        return "list of names"
     kinds = {"list": "list of numbers", "tuple": "list of numbers", "bool": "`true`, `false`", "int": "whole number",
              "float": "number", "Literal": "1"}
     kind = next((words for name, words in kinds.items() if name in annotation), "text")

@@ -83,7 +83,7 @@ def test_order_changes_are_refused(change: str) -> None:
     assert why.startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("change", ["global_batch=20", "model.width=0.5", "model.num_classes=7"])
+@pytest.mark.parametrize("change", ["global_batch=20", "model.width=0.5", "model.num_classes=7", "init_from=runs/b"])
 def test_the_net_and_the_batch_are_fixed(change: str) -> None:
     """What a checkpoint can't be carried over isn't accepted, whatever flag is given, and the flag isn't offered."""
     path, _, value = change.partition("=")
@@ -91,6 +91,14 @@ def test_the_net_and_the_batch_are_fixed(change: str) -> None:
         checked(recipe(), recipe(**{path: value}), accept=True)
     assert f"{path}: " in str(error.value)
     assert "--accept-changes" not in str(error.value)
+
+
+def test_other_frozen_parts_are_another_run() -> None:
+    """A changed freeze is refused whatever flag is given; the way out is a new run from the weights of this one."""
+    with pytest.raises(UserError) as error:
+        checked(recipe(freeze="features"), recipe(), accept=True)
+    assert "freeze: ['features'] -> []" in str(error.value) and "--accept-changes" not in str(error.value)
+    assert "name=a_2 init_from=runs/a@last" in str(error.value)
 
 
 def test_all_refused_changes_are_listed() -> None:

@@ -371,6 +371,10 @@ def test_data_that_is_not_seen(no_slurm: None, recipe: str, said: Said, tmp_path
     assert note in said(recipe, "--dry-run")[1]
     for there in (f"{recipe}::sub/folder", f"{tmp_path}/shard-*.tar", f"{tmp_path}/{{000..009}}.tar"):
         assert "isn't there" not in said(recipe, f"data.train={there}", "--dry-run")[1]
+    words = [recipe, f"data.train={recipe}", "--dry-run"]
+    assert f"note: init_from={tmp_path}/a isn't there on this machine" in said(*words, f"init_from={tmp_path}/a@7")[1]
+    for there in (recipe, f"{tmp_path}@last", "torchvision:alexnet"):
+        assert "isn't there" not in said(*words, f"init_from={there}")[1]
 
 
 def test_no_sbatch(no_slurm: None, recipe: str, said: Said, tmp_path: Path) -> None:
