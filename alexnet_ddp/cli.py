@@ -27,6 +27,7 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   data show CONFIG --out FILE.png     a contact sheet of what the net really sees
   data doctor WHERE                   how many GPUs this machine's storage, memory and cores can feed
   data download cifar10 DST           fetch CIFAR-10 and lay it out as folders of images
+  data demo DST                       draw pictures of up to twelve kinds of figure, without a network
   demo                                train on two ranks on data made on the spot, stop, go on, prove it exact
 
 On N GPUs:   torchrun --standalone --nproc-per-node=N -m alexnet_ddp train CONFIG

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from alexnet_ddp.data.tools.demo import CLASSES, MANIFEST, ORIENTATION, SIDES, SPLITS, main, make_demo
-from alexnet_ddp.errors import EXIT_USER, UserError
+from alexnet_ddp.cli import main
+from alexnet_ddp.data.tools.demo import CLASSES, MANIFEST, ORIENTATION, SIDES, SPLITS, make_demo
+from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 
 CHANCE = 1 / len(CLASSES)
 
@@ -107,6 +108,22 @@ def test_same_seed_same_bytes_and_more_images_keep_the_first(tmp_path: Path) -> 
     assert not set(one.values()) & set(other.values())
 
 
+def test_fewer_classes_keep_their_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`data demo DST --classes N` draws the first N kinds, the same pictures as among all; numbers out of range are
+    refused."""
+    few = str(tmp_path / "few")
+    assert main(["data", "demo", few, "--classes", "2", "--per-class", "4"]) == EXIT_FINISHED
+    assert "2 classes, 4 pictures of each to train on, 50 held out" in capsys.readouterr().out
+    assert {path.split("/")[1] for path in digests(tmp_path / "few")} == set(CLASSES[:2])
+    all_kinds = digests(make_demo(tmp_path / "all", train_per_class=4, val_per_class=1))
+    assert {path: digest for path, digest in digests(tmp_path / "few").items() if path in all_kinds} == {
+        path: digest for path, digest in all_kinds.items() if path.split("/")[1] in CLASSES[:2]}
+    for words, said in ((["--classes", "13"], "use --classes 2 to 12"), (["--per-class", "0"], "use 1 or more"),
+                        (["--classes", "ten"], "invalid int value")):
+        assert main(["data", "demo", few, *words]) == EXIT_USER
+        assert said in capsys.readouterr().err
+
+
 def test_complete_data_is_kept_and_incomplete_data_made_anew(tmp_path: Path) -> None:
     """A second call touches nothing; after a lost file or with other counts all is made anew."""
     dst = make_demo(tmp_path / "data", train_per_class=2, val_per_class=1)
@@ -132,7 +149,7 @@ def test_other_peoples_folder_is_left_alone(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "photo.jpg").write_text("mine")
     with pytest.raises(UserError, match="something else"):
         make_demo(tmp_path)
-    assert main([str(tmp_path)]) == EXIT_USER
+    assert main(["data", "demo", str(tmp_path)]) == EXIT_USER
     assert "something else" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["photo.jpg"]
 

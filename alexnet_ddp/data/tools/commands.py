@@ -22,6 +22,7 @@ ABOUT = """usage: alexnet-ddp data COMMAND ...
   show CONFIG|WHERE --out FILE.png a contact sheet of what the net really sees
   doctor WHERE                     how many GPUs this machine's storage, memory and cores can feed
   download cifar10 DST             fetch CIFAR-10 and lay it out as folders of images
+  demo DST                         draw pictures of up to twelve kinds of figure, without a network
 
 WHERE and SRC: a folder of class directories, a tar, tar::inside, shards or a pack (see docs/data.md).
 alexnet-ddp data COMMAND --help says more."""
@@ -112,6 +113,22 @@ def download(words: list[str]) -> int:
     from alexnet_ddp.data.tools.download import download_cifar10
 
     print(f"CIFAR-10 lies in {download_cifar10(Path(options.destination))}")
+    return EXIT_FINISHED
+
+
+def demo(words: list[str]) -> int:
+    parser = _parser("demo", "Draws JPEGs of kinds of figure and texture on the spot: DST/train and DST/val.")
+    parser.add_argument("destination", metavar="DST", nargs="?", default="data/demo",
+                        help="folder to make (default: data/demo)")
+    parser.add_argument("--classes", type=int, default=12, metavar="N", help="kinds, 2 to 12 (default: 12)")
+    parser.add_argument("--per-class", type=int, default=250, metavar="N",
+                        help="pictures of a kind to train on; 50 more are held out (default: 250)")
+    options = parser.parse_args(words)
+
+    from alexnet_ddp.data.tools.demo import make_demo
+
+    made = make_demo(Path(options.destination).expanduser(), classes=options.classes, train_per_class=options.per_class)
+    print(f"{made}: {options.classes} classes, {options.per_class} pictures of each to train on, 50 held out")
     return EXIT_FINISHED
 
 
@@ -208,4 +225,4 @@ def doctor(words: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "index": index, "pack": pack, "verify": verify, "stats": stats, "show": show, "doctor": doctor,
-    "download": download}
+    "download": download, "demo": demo}

@@ -1,6 +1,6 @@
 """The demo's data: JPEGs of twelve kinds of figure and texture, drawn on the spot, without a network.
 
-    python -m alexnet_ddp.data.tools.demo DST
+    alexnet-ddp data demo DST [--classes 10] [--per-class 250]
 
 Colours say nothing about the class: figure and ground come from one distribution, and position, size,
 noise and lighting vary, so that only shape tells the classes apart. A mirrored picture keeps its class; only
@@ -14,15 +14,14 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
+from alexnet_ddp.errors import UserError
 
 VERSION = 1  # of the pictures: raise it with any change to them, so that older data is made anew
 MANIFEST = "demo.json"
@@ -168,17 +167,24 @@ def _save(path: Path, pixels: np.ndarray, number: int, rng: np.random.Generator)
     image.save(path, quality=int(rng.integers(85, 96)), progressive=number == 1, exif=exif)
 
 
-def make_demo(dst: Path, *, seed: int = 0, train_per_class: int = 250, val_per_class: int = 50) -> Path:
-    """Makes `dst`/train and `dst`/val with a folder for each of `CLASSES`; returns `dst`.
+def make_demo(dst: Path, *, seed: int = 0, classes: int = len(CLASSES), train_per_class: int = 250,
+              val_per_class: int = 50) -> Path:
+    """Makes `dst`/train and `dst`/val with a folder for each of the first `classes` of `CLASSES`; returns `dst`.
 
     A picture depends on (seed, split, class, number) alone. Data made before with the same arguments is kept;
     what is incomplete or was made with others is made anew. `dst` appears whole or not at all.
 
-    Raises UserError where `dst` holds anything but demo data.
+    Raises UserError where `dst` holds anything but demo data, and for numbers out of range.
     """
+    if not 2 <= classes <= len(CLASSES):
+        raise UserError(f"there are {len(CLASSES)} kinds of figure, and a net needs two to tell apart; got {classes}\n"
+                        f"use --classes 2 to {len(CLASSES)}")
+    if min(train_per_class, val_per_class) < 1:
+        raise UserError(f"a class has a picture at least; got {min(train_per_class, val_per_class)}\nuse 1 or more")
+    kinds = CLASSES[:classes]
     counts = dict(zip(SPLITS, (train_per_class, val_per_class), strict=True))
-    manifest = json.dumps({"demo": VERSION, "seed": seed, "classes": CLASSES, "per_class": counts}, indent=1)
-    if _complete(dst, manifest, counts):
+    manifest = json.dumps({"demo": VERSION, "seed": seed, "classes": kinds, "per_class": counts}, indent=1)
+    if _complete(dst, manifest, counts, kinds):
         return dst
     if dst.exists() and not (dst / MANIFEST).is_file() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(
@@ -189,7 +195,7 @@ def make_demo(dst: Path, *, seed: int = 0, train_per_class: int = 250, val_per_c
     made = Path(tempfile.mkdtemp(prefix=f".{dst.name}-", dir=dst.parent))
     try:
         for split_number, (split, count) in enumerate(counts.items()):
-            for label, kind in enumerate(CLASSES):
+            for label, kind in enumerate(kinds):
                 folder = made / "new" / split / kind
                 folder.mkdir(parents=True)
                 for number in range(count):
@@ -204,29 +210,13 @@ def make_demo(dst: Path, *, seed: int = 0, train_per_class: int = 250, val_per_c
     return dst
 
 
-def _complete(dst: Path, manifest: str, counts: dict[str, int]) -> bool:
+def _complete(dst: Path, manifest: str, counts: dict[str, int], kinds: Sequence[str]) -> bool:
     """Is `dst` demo data made with the same arguments, with every file in place?"""
     try:
         return (dst / MANIFEST).read_text() == manifest and all(
             len(os.listdir(dst / split / kind)) == count
             for split, count in counts.items()
-            for kind in CLASSES
+            for kind in kinds
         )
     except OSError:
         return False
-
-
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m alexnet_ddp.data.tools.demo DST", file=sys.stderr)
-        return EXIT_USER
-    try:
-        print(make_demo(Path(arguments[0])))
-    except (UserError, OSError) as problem:
-        print(problem, file=sys.stderr)
-        return EXIT_USER
-    return EXIT_FINISHED
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
