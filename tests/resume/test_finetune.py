@@ -105,7 +105,7 @@ def test_exact_resume_without_the_source(tuned: Tuned) -> None:
     """Killed twice and resumed, the file it began with gone: weights, momentum and metrics of the undisturbed run."""
     run = tuned.killed.copy("resumed")
     result = run.go(*fault("kill", step=12))
-    assert resumed_at(result.output) in (3, 6)  # that of step 6 may have been under way
+    assert resumed_at(result.output) in (3, 5, 6)  # the save of step 6 may have been under way
     assert "exact: yes" in result.output and "begins with" not in result.output
     run.go().check()
     tuned.bench.check_equal(run)

@@ -17,7 +17,7 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp.checkpoint import files, store
 from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.models import create_model, weights
+from alexnet_ddp.models import create_model, weights, zoo
 from alexnet_ddp.models.weights import Weights, put_into, read_weights
 
 STEPS = {3: 3.0, 6: 6.0}  # step of a checkpoint -> what its weights are filled with; the best ones with 4.0
@@ -267,12 +267,12 @@ def test_another_number_of_classes_starts_the_last_layer_fresh() -> None:
         assert torch.equal(tensor, (before if name.startswith("classifier.6") else source)[name])
 
 
-@pytest.mark.parametrize("name", ["alexnet", "resnet18", "mobilenet_v3_small", "swin_t", "googlenet", "regnet_y_400mf",
-                                  "squeezenet1_0"])
-def test_the_last_layer_of_torchvisions_nets(name: str) -> None:
-    """In nets of every kind exactly the layer that gives the logits has the number of classes in its shapes."""
+@pytest.mark.parametrize("name", [*zoo.OURS, *(zoo.TORCHVISION + name for name in (
+    "resnet18", "mobilenet_v3_small", "swin_t", "googlenet", "regnet_y_400mf", "squeezenet1_0"))])
+def test_the_last_layer(name: str) -> None:
+    """In our nets and in others the layer that gives the logits, and no other, depends on the number of classes."""
     with torch.device("cpu" if "regnet" in name else "meta"):
-        few, many = (create_model(f"torchvision:{name}", num_classes=number) for number in (7, 9))
+        few, many = (create_model(name, num_classes=number) for number in (7, 9))
     shapes = {each: tensor.shape for each, tensor in few.state_dict().items()}
     other = [each for each, tensor in many.state_dict().items() if tensor.shape != shapes[each]]
     assert weights.last_layer(many) == other
