@@ -16,8 +16,8 @@ def test_two_seeds_stopped_and_gone_on_with(tmp_path: Path) -> None:
     tells their mean; a third time it passes both over. Weights are those of a run of its own."""
     recipe = harness.tiny_recipe(
         tmp_path, train=harness.make_images(tmp_path / "train", samples=20),
-        val=harness.make_images(tmp_path / "val", samples=32, seed=1), epochs=60, schedule__warmup_epochs=0,
-        evaluate__epochs=60, checkpoint__epochs=None, checkpoint__steps=None)
+        val=harness.make_images(tmp_path / "val", samples=32, seed=1), epochs=40, schedule__warmup_epochs=0,
+        evaluate__epochs=40, checkpoint__epochs=None, checkpoint__steps=None)
     runs, words = tmp_path / "runs", ["alexnet_ddp", "train", str(recipe), "seed=4..5"]
     stopped = Command(words, log=tmp_path / "first.log")
     stopped.wait_for("step 4/")
