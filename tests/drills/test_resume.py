@@ -65,6 +65,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stored": {"data__stored": "short256"},
     "deterministic": {"deterministic": True},
     "alexnet_torchvision": {"model__name": "alexnet_torchvision"},
+    "alexnet_paper": {"model__name": "alexnet_paper", "augment__pca_lighting": 0.1},
+    "alexnet_bn, recomputed": {"model__name": "alexnet_bn", "memory__checkpoint": "blocks"},
     "batch norm": {"model__name": "torchvision:resnet18", "model__width": 1.0, **BATCH_NORM},
     "torch's dropout": {"model__name": "torchvision:mobilenet_v3_small", "model__width": 1.0, **BATCH_NORM},
     "fp16": {"amp": "fp16", "model__width": 0.02},
