@@ -49,3 +49,13 @@ def test_the_mean_is_what_counts_and_what_is_published(bench: Callable[..., Benc
     last, _ = store.load(changed.checkpoints[-1])
     assert last.ema.keys() == state.ema.keys() and last.optimizer.keys() == state.optimizer.keys()
     assert {float(count) for count in last.optimizer["step"].values()} == {last.step - now.step}
+
+
+def test_smoothing_reaches_the_training_loss(bench: Callable[..., Bench]) -> None:
+    """The very run without label_smoothing logs another training loss from the first window on."""
+    here = bench(world=2, epochs=2, **COVERING["adamw, mean, one_cycle, smoothing"])
+    plain = here.run()
+    plain.go("label_smoothing=0", *fault("signal", step=4, rank=0))
+    found, smoothed = (harness.metrics(run.path)[0] for run in (plain, here.twin))
+    assert found["step"] == smoothed["step"] == 4 and found["lr"] == smoothed["lr"]
+    assert found["loss"] != smoothed["loss"]
