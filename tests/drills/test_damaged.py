@@ -32,6 +32,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
     folder = tmp_path_factory.mktemp("images")
     train = harness.make_images(folder / "train", samples=SAMPLES)
     told = bad_inputs.damage(train, samples=SPOILT)
+    for image in told:  # a tar with an empty image is refused
+        Path(image).write_bytes(Path(image).read_bytes() or b"GIF89a")
+    told = {image: reason.replace("no bytes", "not a JPEG or PNG") for image, reason in told.items()}
     subprocess.run(["tar", "cf", str(folder / "train.tar"), "-C", str(folder), "train"], check=True)
     return train, folder / "train.tar", told
 
@@ -44,14 +47,14 @@ def test_same_weights_on_any_number_of_ranks(images: tuple[Path, Path, dict[str,
     train, tar, told = images
     recipe = harness.tiny_recipe(
         tmp_path, train=Path(f"{tar}::train") if way == "tar" else train, global_batch=50, micro_batch=9,
-        log__steps=1, optim__lr=0.005, data__on_error="skip", data__shards=6, augment__crop="random", **WAYS[way])
+        log__steps=1, optim__lr=0.001, data__on_error="skip", data__shards=6, augment__crop="random", **WAYS[way])
     one = Run(recipe, name="one", world=1)
     one.go("data.cache=none").check()
     assert len(listed(one)) == SPOILT and len(harness.trace(one.path)) == STEPS
-    if way != "tar":
+    if way == "tar":
+        assert all(record["file"] == str(tar) and record["offset"] > 0 for record in listed(one))
+    else:
         assert {record["file"] for record in listed(one)} == set(told)
-    assert {record["file"] for record in listed(one)} == set(told) or all(
-        record["file"] == str(tar) and record["offset"] > 0 for record in listed(one))
     for world in (2, 3):
         run = Run(recipe, name=f"world{world}", world=world)
         run.go().check()
@@ -88,7 +91,7 @@ def test_seeds_through_the_launcher(images: tuple[Path, Path, dict[str, str]], t
     command ends both, and tells their mean."""
     train, _, _ = images
     recipe = harness.tiny_recipe(tmp_path, train=train, val=harness.make_images(tmp_path / "val", samples=40),
-                                 data__on_error="skip", epochs=6)
+                                 data__on_error="skip", epochs=2)
     first = launched(Run(recipe, name="five", world=2), "seed=0..1")
     first.wait_for("step 10/")
     first.process.send_signal(2)
