@@ -37,10 +37,8 @@ def check_same(run: Run, reference: Run, *, in_order: bool = True) -> None:
     for found, expected in zip(harness.metrics(run.path), harness.metrics(reference.path), strict=True):
         assert found.keys() == expected.keys()
         for name in found:
-            if name == "loss":
+            if name in ("loss", "grad_norm"):
                 np.testing.assert_allclose(found[name], expected[name], rtol=FP32)
-            elif name == "grad_norm":  # a unit that stands at 0 in one of them adds to the other's
-                np.testing.assert_allclose(found[name], expected[name], rtol=1e-3)
             else:
                 assert found[name] == expected[name], name
     weights = tensors(run)

@@ -24,7 +24,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return harness.tiny_recipe(
         folder, train=harness.make_images(folder / "train", samples=SAMPLES),
         val=harness.make_images(folder / "val", samples=HELD_OUT, seed=1), global_batch=50, micro_batch=10,
-        checkpoint__steps=4, log__steps=1, optim__lr=0.005, data__on_error="skip", data__max_damaged=0.03,
+        checkpoint__steps=4, log__steps=1, optim__lr=0.02, data__on_error="skip", data__max_damaged=0.03,
         augment__mixup=0.2, evaluate__epochs=2)
 
 

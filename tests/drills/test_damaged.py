@@ -47,7 +47,7 @@ def test_same_weights_on_any_number_of_ranks(images: tuple[Path, Path, dict[str,
     train, tar, told = images
     recipe = harness.tiny_recipe(
         tmp_path, train=Path(f"{tar}::train") if way == "tar" else train, global_batch=50, micro_batch=9,
-        log__steps=1, optim__lr=0.001, data__on_error="skip", data__shards=6, augment__crop="random", **WAYS[way])
+        log__steps=1, optim__lr=0.02, data__on_error="skip", data__shards=6, augment__crop="random", **WAYS[way])
     one = Run(recipe, name="one", world=1)
     one.go("data.cache=none").check()
     assert len(listed(one)) == SPOILT and len(harness.trace(one.path)) == STEPS
