@@ -24,7 +24,8 @@ def show(config: Config, *, samples: int | None, out: str | None) -> None:
     """
     if out is not None:
         check_out(out)
-    steps_per_epoch = -(-(samples_of(config) if samples is None else samples) // config.global_batch)
+    samples = min(samples_of(config) if samples is None else samples, config.data.limit or sys.maxsize)
+    steps_per_epoch = -(-samples // config.global_batch)
     rates = [learning_rate(step, base=config.optim.lr, schedule=config.schedule, steps_per_epoch=steps_per_epoch,
                            epochs=config.epochs) for step in range(config.epochs * steps_per_epoch)]
     title = (f"{config.name}: schedule.name={config.schedule.name}, {config.epochs} epochs of {steps_per_epoch} steps "
@@ -41,7 +42,7 @@ def show(config: Config, *, samples: int | None, out: str | None) -> None:
 
 
 def samples_of(config: Config) -> int:
-    """Training images of an epoch. Raises UserError where they can't be counted."""
+    """Training images there are. Raises UserError where they can't be counted."""
     from alexnet_ddp.data.index import open_index  # NumPy, and perhaps a long look
 
     try:
@@ -50,7 +51,7 @@ def samples_of(config: Config) -> int:
     except UserError as error:
         raise UserError(f"data.train={error}\nWhere the data aren't at hand, say how many images they are: "
                         "--samples 1281167") from None
-    return counted if config.data.limit is None else min(counted, config.data.limit)
+    return counted
 
 
 def table(rates: Sequence[float], *, steps_per_epoch: int) -> list[str]:

@@ -115,7 +115,7 @@ class Damage:
             self._indexes["evaluate"], self._samples["evaluate"] = data.val, len(data.val)
         self._met: list[Met] = []
         self._path, self._file = run_dir / FILE, None  # type: tuple[Path, DamagedFile | None]
-        self._lost = 0  # counted by the checkpoint, and no longer in the file
+        self._counted = place["damaged"]  # by the checkpoint, though the file may have lost them
         self.counts: dict[Kind, int] = {"train": place["damaged"], "evaluate": 0}  # so far; right on rank 0
         if section.on_error == "skip" and world.rank == 0:
             self._open(place)
@@ -126,15 +126,16 @@ class Damage:
         except OSError as error:
             raise UserError(f"{self._path} can't be written: {error.strerror or error}. Choose another run directory "
                             "with runs=...") from None
-        self._lost = max(0, place["damaged"] - self._file.count("train"))
-        if self._lost:
-            self._say(f"{self._path} has lost {self._lost:,} of the {place['damaged']:,} damaged images that the "
-                      "checkpoint counts; those that are met again will be counted again")
+        lost = place["damaged"] - self._file.count("train")
+        if lost > 0:
+            self._say(f"{self._path} has lost {lost:,} of the {place['damaged']:,} damaged images that the checkpoint "
+                      "counts; which of them are met again can't be told, so new ones may go uncounted")
         self._count()
 
     def _count(self) -> None:
         assert self._file is not None
-        self.counts = {"train": self._lost + self._file.count("train"), "evaluate": self._file.count("evaluate")}
+        self.counts = {"train": max(self._counted, self._file.count("train")),
+                       "evaluate": self._file.count("evaluate")}
 
     def meet(self, batch: Batch, *, kind: Kind, step: int) -> None:
         """Notes the damaged images of a batch that is used now, in step number `step` (from 1)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -123,6 +124,7 @@ def overfit_verdict(run_dir: Path, samples: int) -> int:
     from alexnet_ddp.sinks import read_records
 
     loss = read_records(run_dir / "metrics.jsonl")[-1]["loss"]
+    loss = math.inf if loss is None else loss  # of a step that was not finite, or without an image that counts
     if loss < OVERFIT_LOSS:
         print(f"alexnet-ddp: the net has learned the {samples} samples by heart (loss {loss:.3f}): net, data and "
               "optimizer work together.")

@@ -7,6 +7,7 @@ checkpoint was taken. After a resume rank 0 holds the summed rows and the others
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,8 @@ LOSS, CORRECT, SAMPLES = range(3)
 class Summary:
     """A logging window over all ranks, on the host."""
 
-    loss: float  # mean over the window's samples
-    top1: float  # share of the window's samples whose highest logit was right
+    loss: float  # mean over the window's samples; nan where none counts
+    top1: float  # share of the window's samples whose highest logit was right; nan where none counts
     samples: int
     grad_norm: float  # of the window's last step, unscaled, before clipping
     skipped: int  # updates skipped since the run began
@@ -81,8 +82,8 @@ class Window:
             [total, self._norm.double().view(1), self._counts.double()]).tolist()
         self._rows.zero_()
         self.filled = 0
-        return Summary(loss / max(1, samples), correct / max(1, samples), int(samples), norm, int(skipped),
-                       int(in_a_row))
+        mean, share = (loss / samples, correct / samples) if samples else (math.nan, math.nan)  # all were damaged
+        return Summary(mean, share, int(samples), norm, int(skipped), int(in_a_row))
 
     def restore(self, rows: Tensor | None, *, filled: int, skipped: int, in_a_row: int, owner: bool) -> None:
         """Puts back what a checkpoint held; only the owner (rank 0) takes the summed rows.

@@ -33,13 +33,13 @@ def parse(text: str, *, what: str = "seed=") -> list[int]:
     """`0..4` (or `0-4`), `0,3,7` or both as numbers, in the order they are written. Raises UserError."""
     found: list[int] = []
     for part in text.split(","):
-        span = re.fullmatch(r"(\d+)(?:(?:-|\.\.)(\d+))?", part.strip(), re.ASCII)
+        span = re.fullmatch(r"(\d{1,19})(?:(?:-|\.\.)(\d{1,19}))?", part.strip(), re.ASCII)  # a seed is below 2**63
         if not span or (span[2] and int(span[2]) < int(span[1])):
             raise UserError(f"{what} takes numbers and spans such as 0..4 or 0,2,5, got '{text}'.")
-        of_span = range(int(span[1]), int(span[2] or span[1]) + 1)
-        if len(found) + len(of_span) > MOST:
+        first, last = int(span[1]), int(span[2] or span[1])
+        if len(found) + last - first >= MOST:
             raise UserError(f"{what} makes a run of each seed, at most {MOST} at once, got '{text}'.")
-        found += of_span
+        found += range(first, last + 1)
     if len(set(found)) < len(found):
         raise UserError(f"{what} names a seed twice: '{text}'. Two runs can't work in one run directory.")
     return found

@@ -248,6 +248,8 @@ def _read_pickle(source: Source) -> Weights:
 
 
 def _from_file(path: Path, data: bytes, tensors: dict[str, Tensor], *, model: str | None) -> Weights:
+    if not tensors:
+        raise UserError(f"{path} holds no tensors. Name a file, a run or a checkpoint that holds weights.")
     facts = {"path": str(path.resolve()), "sha256": files.sha256(data), "step": None, "top1": None, "model": model}
     return Weights(tensors, str(path), facts)
 
@@ -269,7 +271,8 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], str | None
 
 def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by the net's own names, without what wrappers put before every one."""
-    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors)), None):
+    while tensors and (prefix := next(
+            (prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors)), None)):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 

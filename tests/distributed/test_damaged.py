@@ -89,7 +89,7 @@ def test_killed_and_gone_on_with_on_the_same_ranks_and_on_others(recipe: Path, o
     run = Run(recipe, name="killed", world=2)
     killed = run.go("fault.kind=kill", "fault.step=9", "fault.rank=-1")
     assert set(killed.codes) == {-9}
-    other = run.copy("other")
+    other, lost = run.copy("other"), run.copy("lost")
     run.go().check()
     assert harness.metrics(run.path) == harness.metrics(whole.path)
     assert harness.final_files(run.path) == harness.final_files(whole.path)
@@ -97,6 +97,11 @@ def test_killed_and_gone_on_with_on_the_same_ranks_and_on_others(recipe: Path, o
     other.go(world=3).check()
     assert listed(other) == listed(one_rank) and other.state["damaged"] == one_rank.state["damaged"]
     assert store.load(other.checkpoints[-1])[0].damaged == SPOILT
+    (lost.path / "damaged.jsonl").unlink()  # what is counted stays, and isn't counted again
+    result = lost.go()
+    result.check()
+    assert "has lost" in result.output and lost.state["damaged"]["train"] == SPOILT
+    assert harness.final_files(lost.path) == harness.final_files(whole.path)
 
 
 def test_too_many(recipe: Path, spoilt: dict[str, str]) -> None:

@@ -72,7 +72,8 @@ def test_picture_is_the_curve(name: str, blocks: str) -> None:
 def test_command_counts_the_images(recipe: Path, capsys: pytest.CaptureFixture[str], own_cache: None) -> None:
     """The steps of an epoch are those of the data (or of data.limit, or of --samples), and nothing is trained."""
     harness.make_images(recipe.parent / "images", samples=35)
-    for words, steps in (([], 4), (["data.limit=20"], 2), (["--samples", "101"], 11)):
+    for words, steps in (([], 4), (["data.limit=20"], 2), (["--samples", "101"], 11),
+                         (["--samples", "101", "data.limit=20"], 2)):
         assert cli.main(["train", str(recipe), "--print-schedule", *words]) == EXIT_FINISHED
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == f"small: schedule.name=step, 4 epochs of {steps} steps of 10 images"

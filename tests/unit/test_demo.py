@@ -155,3 +155,16 @@ def test_other_peoples_folder_is_left_alone(tmp_path: Path, capsys: pytest.Captu
 
     shutil.rmtree(tmp_path)
     assert (make_demo(tmp_path, train_per_class=1, val_per_class=1) / MANIFEST).is_file()
+
+
+def test_what_was_put_beside_the_demo_data_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Demo data is replaced by other demo data, but not where something else was put beside it; nor where no folder can
+    be made."""
+    place = str(tmp_path / "d")
+    assert main(["data", "demo", place, "--classes", "2", "--per-class", "1"]) == EXIT_FINISHED
+    (tmp_path / "d" / "mine.txt").write_text("mine")
+    assert main(["data", "demo", place, "--classes", "3", "--per-class", "1"]) == EXIT_USER
+    assert "something else" in capsys.readouterr().err
+    assert (tmp_path / "d" / "mine.txt").read_text() == "mine"
+    assert main(["data", "demo", f"{place}/mine.txt/x", "--classes", "2", "--per-class", "1"]) == EXIT_USER
+    assert "can't be made" in capsys.readouterr().err

@@ -77,7 +77,8 @@ def test_finished_runs_are_passed_over(recipe: str) -> None:
 @pytest.mark.parametrize(("words", "environment", "says"), [
     (["seed=0..2"], {"RANK": "0"}, "already a rank"), (["seed=0..2"], {"SLURM_STEP_ID": "0"}, "already a rank"),
     (["seed=0..2", "--overfit", "4"], {}, "--overfit is one run"), (["seed=2..0"], {}, "got '2..0'"),
-    (["seed=1,1"], {}, "names a seed twice")])
+    (["seed=1,1"], {}, "names a seed twice"), (["seed=0..99999999999999999999"], {}, "takes numbers and spans"),
+    (["seed=0..9999999999999999999"], {}, "at most 1000 at once")])
 def test_refused(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str],
                  environment: dict[str, str], says: str) -> None:
     """Several seeds under torchrun or srun, with --overfit, backwards or twice: refused in words."""

@@ -82,3 +82,9 @@ def test_a_line_isn_t_grown_to_gigabytes() -> None:
         with pytest.raises(DamagedImage, match="resized to 256 x 15360000 pixels are more than"):
             to_stage(line, parse_stage(word))
     assert to_stage(line, parse_stage("max500"))
+
+
+def test_a_line_that_no_jpeg_can_hold() -> None:
+    """An image of 1 x 300 as short256 has 76,800 rows, more than a JPEG's 65,500: damaged, as data.on_error says it."""
+    with pytest.raises(DamagedImage, match="resized to 256 x 76800 pixels"):
+        to_stage(encoded(Image.new("RGB", (1, 300), "red")), Stage("short", 256))

@@ -196,6 +196,12 @@ def test_files_without_weights(tmp_path: Path, name: str, content: object, said:
     assert said in refused(tmp_path / name)
 
 
+def test_a_file_without_a_tensor(tmp_path: Path) -> None:
+    """A whole safetensors file that holds nothing is refused; there is no prefix to look for in no name."""
+    files.write_tensors(tmp_path / "empty.safetensors", tensors={}, metadata={})
+    assert "holds no tensors" in refused(tmp_path / "empty.safetensors")
+
+
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
 def test_torn_files(tmp_path: Path, name: str) -> None:
     """Half a file, an empty one, and one of anything else are one message each."""

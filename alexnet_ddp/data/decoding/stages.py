@@ -20,7 +20,7 @@ import PIL
 import simplejpeg
 from PIL import Image
 
-from alexnet_ddp.data.decoding.decode import check_size, open_upright
+from alexnet_ddp.data.decoding.decode import DamagedImage, check_size, open_upright
 from alexnet_ddp.data.decoding.views import short_side
 
 PATTERN = r"^(original|(short|max|raw)[1-9][0-9]{1,3})$"  # what data.stored and `data pack --stage` accept
@@ -68,6 +68,9 @@ def to_stage(data: bytes, stage: Stage) -> bytes:
         check_size(*size, what="resized to ")
         image = image.resize(size, Image.Resampling.BILINEAR)
     if stage.kind != "raw":
-        return bytes(simplejpeg.encode_jpeg(np.asarray(image), quality=QUALITY, colorsubsampling="420"))
+        try:
+            return bytes(simplejpeg.encode_jpeg(np.asarray(image), quality=QUALITY, colorsubsampling="420"))
+        except ValueError as error:  # more pixels a side than a JPEG can hold
+            raise DamagedImage(f"resized to {image.width} x {image.height} pixels: {error}") from None
     left, top = (image.width - stage.pixels) // 2, (image.height - stage.pixels) // 2
     return image.crop((left, top, left + stage.pixels, top + stage.pixels)).tobytes()

@@ -218,7 +218,7 @@ class _Packer:
                 return max(0, form.source_size(table, row, root))
             try:
                 return len(to_stage(self._index.read(row), self._stage))
-            except (DamagedImage, ValueError, OSError):  # told when it is packed
+            except (DamagedImage, OSError):  # told when it is packed
                 return 0
 
         count = min(ESTIMATED_FROM[self._stage.kind], len(ids))
@@ -273,7 +273,7 @@ class _Packer:
                 if self._stage.kind == "original":
                     open_upright(data, channels=CHANNELS)  # for its verdict
                 record = to_stage(data, self._stage)
-            except (DamagedImage, ValueError) as error:  # ValueError: more pixels a side than a JPEG can hold
+            except DamagedImage as error:
                 chunk.damaged.append({"sample": row, "name": self._index.name(row), "why": str(error)})
                 continue
             chunk.found.update(facts.kinds)

@@ -186,13 +186,17 @@ def make_demo(dst: Path, *, seed: int = 0, classes: int = len(CLASSES), train_pe
     manifest = json.dumps({"demo": VERSION, "seed": seed, "classes": kinds, "per_class": counts}, indent=1)
     if _complete(dst, manifest, counts, kinds):
         return dst
-    if dst.exists() and not (dst / MANIFEST).is_file() and (not dst.is_dir() or any(dst.iterdir())):
+    others = set(os.listdir(dst)) - {MANIFEST, *SPLITS} if dst.is_dir() else set()
+    if others or (dst.exists() and not (dst / MANIFEST).is_file() and (not dst.is_dir() or any(dst.iterdir()))):
         raise UserError(
             f"the demo's data goes into a new folder or replaces its own\n{dst} holds something else\n"
             f"name another folder, or move this one away"
         )
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{dst.name}-", dir=dst.parent))
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{dst.name}-", dir=dst.parent))
+    except OSError as error:
+        raise UserError(f"{dst} can't be made: {error.strerror or error}. Name a folder that can.") from None
     try:
         for split_number, (split, count) in enumerate(counts.items()):
             for label, kind in enumerate(kinds):
