@@ -478,6 +478,27 @@ def differences(before: dict[str, Any], now: Config) -> list[Change]:
             for path in effects if not _same(old[path], new[path])]
 
 
+def refusal(changes: list[Change], config: Config, *, accept: bool) -> str:
+    """Why a run isn't gone on with after these changes of effect `order`, with the ways out; "" where it is. Pure.
+
+    `accept`: --accept-changes, which lets in all but what decides which weights there are and what a step is.
+    """
+    fixed = [change for change in changes
+             if change.path in ("global_batch", "init_from", "freeze") or change.path.startswith("model.")]
+    if not changes or (accept and not fixed):
+        return ""
+    ways = (f"Give the new run a name of its own (name={config.name}_2), start over with --fresh (keeps the old "
+            "directory under another name), or undo the change.")
+    if not fixed:
+        ways += " To go on all the same: --accept-changes."
+    if any(change.path == "freeze" for change in changes):
+        ways += (f" A new run can begin with the weights of this one: name={config.name}_2 "
+                 f"init_from={config.run_dir}@last.")
+    listed = "\n".join(f"  {change}" for change in changes)
+    return (f"{config.run_dir} was started with another recipe, and this would change the experiment:\n{listed}\n"
+            f"{ways}")
+
+
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
         return True

@@ -187,19 +187,8 @@ def check_recipe(lineage: dict[str, Any], config: Config, *, order: Order, done:
     before = recipes.stored(lineage["recipe"]) if changes else config
     refused = [change for change in changes if change.effect == "order"
                and not (change.path == "epochs" and _same_rates(before, config, order=order, done=done))]
-    fixed = [change for change in refused
-             if change.path in ("global_batch", "init_from", "freeze") or change.path.startswith("model.")]
-    if refused and (fixed or not accept):
-        listed = "\n".join(f"  {change}" for change in refused)
-        ways = (f"Give the new run a name of its own (name={config.name}_2), start over with --fresh (keeps the old "
-                "directory under another name), or undo the change.")
-        if not fixed:
-            ways += " To go on all the same: --accept-changes."
-        if any(change.path == "freeze" for change in refused):
-            ways += (f" A new run can begin with the weights of this one: name={config.name}_2 "
-                     f"init_from={config.run_dir}@last.")
-        raise UserError(f"{config.run_dir} was started with another recipe, and this would change the experiment:\n"
-                        f"{listed}\n{ways}")
+    if why := recipes.refusal(refused, config, accept=accept):
+        raise UserError(why)
     return [str(change) for change in changes if change in refused or change.effect == "bits"]
 
 

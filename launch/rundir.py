@@ -99,15 +99,8 @@ def check_recipe(run_dir: Path, config: Config, *, accept: bool) -> None:
     longer_is_same = config.schedule.name not in ENDS_WITH_THE_RUN or saved is None or saved.step == 0
     changes = [change for change in recipes.differences(before, config)
                if change.effect == "order" and not (change.path == "epochs" and longer_is_same)]
-    fixed = [change for change in changes if change.path == "global_batch" or change.path.startswith("model.")]
-    if not changes or (accept and not fixed):
-        return
-    listed = "\n".join(f"  {change}" for change in changes)
-    raise UserError(
-        f"{run_dir} was started with another recipe, and this would change the experiment:\n{listed}\n"
-        f"Give the new run a name of its own (name={config.name}_2), start over with --fresh (keeps the old directory "
-        "under another name), or undo the change."
-        + ("" if fixed else " To go on all the same: --accept-changes."))
+    if why := recipes.refusal(changes, config, accept=accept):
+        raise UserError(why)
 
 
 def number(state: dict[str, Any], key: str) -> float:

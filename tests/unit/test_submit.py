@@ -456,7 +456,8 @@ def test_changed_recipe(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Sai
     assert "optim.lr: 0.01 -> 0.5" in answer
     assert "checkpoint" not in answer
     assert "--accept-changes" in answer
-    assert "--accept-changes" not in refusal(said, recipe, "global_batch=512", "--accept-changes")
+    for fixed in ("global_batch=512", "freeze=features", "init_from=runs/other"):
+        assert "--accept-changes" not in refusal(said, recipe, fixed, "--accept-changes")
     said(recipe, "optim.lr=0.5", "--accept-changes")
     [frozen] = (run_dir / "snapshots").iterdir()
     assert snapshot.load(frozen).accept_changes
