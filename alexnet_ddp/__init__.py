@@ -6,7 +6,7 @@ Importing this package imports no torch, so that `--help` and `submit` answer at
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model"]
+__all__ = ["__version__", "create_model", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +14,8 @@ def __getattr__(name: str) -> Any:
         from alexnet_ddp.models import create_model
 
         return create_model
+    if name == "load_model":
+        from alexnet_ddp.trained.model import load_model
+
+        return load_model
     raise AttributeError(f"module 'alexnet_ddp' has no attribute {name!r}")

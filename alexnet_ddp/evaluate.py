@@ -63,17 +63,21 @@ def tiles_of(samples: int) -> int:
     return -(-samples // TILE)
 
 
-def works(samples: int, *, batch: int, rank: int, world: int, choose: ChooseView) -> Iterator[Work]:
-    """This rank's fetches: `batch` tiles each, an equal number on every rank (the last ones may be empty)."""
+def works(samples: int, *, batch: int, rank: int, world: int, choose: Sequence[ChooseView]) -> Iterator[Work]:
+    """This rank's fetches: `batch` tiles each, an equal number on every rank (the last ones may be empty).
+
+    Each sample has a row for each view of `choose`, one after the other.
+    """
+    shown = len(choose)
     fetches = -(-tiles_of(samples) // batch)
     for turn in range(-(-fetches // world)):
         fetch = turn * world + rank
         first = min(fetch * batch, tiles_of(samples))
         last = min(first + batch, tiles_of(samples))
         ids = np.arange(first * TILE, last * TILE, dtype=np.int64)
-        inside = ids < samples
-        yield Work(step=first, micro=0, micros=1, samples=np.where(inside, ids, 0), choose=lambda _: choose,
-                   mask=inside)
+        inside = np.repeat(ids < samples, shown)
+        yield Work(step=first, micro=0, micros=1, samples=np.where(inside, np.repeat(ids, shown), 0),
+                   choose=lambda row: choose[row % shown], mask=inside)
 
 
 def evaluates_squashed(section: EvaluateSection, augment: AugmentSection) -> bool:
@@ -109,7 +113,7 @@ def evaluate(net: nn.Module, loader: Loader, *, samples: int, batch: int, choose
         for buffer in net.buffers():  # batch-norm statistics are per rank: rank 0's are the run's
             dist.broadcast(buffer, src=0)
         with torch.no_grad():
-            for fetched in loader.run(works(samples, batch=batch, rank=world.rank, world=world.size, choose=choose)):
+            for fetched in loader.run(works(samples, batch=batch, rank=world.rank, world=world.size, choose=[choose])):
                 if not carry_on():
                     return None
                 if fetched.reasons:

@@ -9,6 +9,7 @@ import platform
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from alexnet_ddp.distributed import World, everywhere, on_rank_0
 from alexnet_ddp.errors import RunFailed, UserError
 from alexnet_ddp.lease import Lease
 from alexnet_ddp.models.weights import Weights, read_weights
-from alexnet_ddp.runfiles import STATE, free_name, job_of, read_state
+from alexnet_ddp.runfiles import CLASSES, STATE, free_name, job_of, read_state
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.sinks import say
 from alexnet_ddp.watchdog import Failure, kind_of
@@ -84,6 +85,13 @@ class RunDirectory:
         self.known |= {"status": status, "why": why, "failure": failure.record() if failure else None, **self.job,
                        "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
         files.replace(self.path / STATE, content=(json.dumps(self.known, indent=1) + "\n").encode())
+
+    def write_classes(self, classes: Sequence[str]) -> None:
+        """What the logits of the run's net stand for, for those who use it without its data."""
+        content = (json.dumps(list(classes)) + "\n").encode()
+        path = self.path / CLASSES
+        if not path.is_file() or files.read(path) != content:
+            files.replace(path, content=content)
 
     def confirm_finished(self, start: Start) -> None:
         """A run that was over before this attempt: a kill may have come between its last save and state.json."""

@@ -1,6 +1,7 @@
 """What a run directory says of itself, for those who must answer without torch: `submit`, `status`, the batch shell.
 
     state.json        where the run stands (written by rank 0, and by the batch shell once the ranks are gone)
+    classes.json      what the logits stand for: the names of the training data's classes, in order
     attempts.jsonl    every attempt in a job: when it began, and why it ended and came back or not
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 STATE = "state.json"
+CLASSES = "classes.json"
 ATTEMPTS = "attempts.jsonl"
 LOCAL_JOB = "ALEXNET_LOCAL_JOB"  # environment: JOB.RESTART
 CHECKPOINT = re.compile(r"step_(\d{8,})")

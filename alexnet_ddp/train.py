@@ -274,6 +274,7 @@ class Trainer:
 
         def work() -> None:
             assert self.directory is not None
+            self.directory.write_classes(self.data.train.classes)
             lineage = lineage_of(config, start=self.start, numeric=self.numeric, identities=self.data.identities,
                                  decoder=self.decoder.name)
             tensors = TrainState(model=net.state_dict(), optimizer=named_state(net, self.step.optimizer),

@@ -67,7 +67,7 @@ class Noise:
     def __init__(self, samples: int, side: int) -> None:
         self.stage = Stage("raw", side)
         self._pixels = np.random.default_rng(0).integers(0, 256, (samples, side * side * 3), dtype=np.uint8)
-        self._tensor = torch.from_numpy(self._pixels)
+        self._bytes = torch.from_numpy(self._pixels).view(-1)
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -79,8 +79,11 @@ class Noise:
         flat = out.reshape(-1)
         np.copyto(flat, self._pixels[sample, start:start + flat.size])
 
-    def in_memory(self, samples: np.ndarray, starts: np.ndarray, size: int) -> list[torch.Tensor]:
-        return [self._tensor[sample, start:start + size] for sample, start in zip(samples, starts, strict=True)]
+    def copy_into(self, samples: np.ndarray, starts: np.ndarray, out: torch.Tensor) -> bool:
+        size = out.shape[1]
+        records = self._bytes.as_strided((len(self._bytes) - size + 1, size), (1, 1))  # row i: the bytes from i on
+        torch.index_select(records, 0, torch.from_numpy(samples * self._pixels.shape[1] + starts), out=out)
+        return True
 
     def where(self, sample: int) -> str:
         return f"sample {sample} of the noise"

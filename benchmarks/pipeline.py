@@ -8,9 +8,9 @@ sroi2_r, the same images and threads) of the same round; "R CPU" is the same of 
 the machine moves less. See benchmarks.trial for what one trial counts.
 
 Every pipeline makes batches of 128 uint8 images of 224 x 224 by RandomResizedCrop unless its row says otherwise; flips
-are left to the device everywhere but in the float baseline, whose recipe flips on the host. The files are in the page
-cache: nothing here measures storage. Peers that are missing are skipped with a line; they may live in another
-environment (--peer-python; benchmarks/peers/requirements.txt), which needs torch and torchvision too.
+are left to the device everywhere but in the float baseline, whose recipe flips on the host. The files are locked in the
+page cache after the warm-up: nothing here measures storage. Peers that are missing are skipped with a line; they may
+live in another environment (--peer-python; benchmarks/peers/requirements.txt), which needs torch and torchvision too.
 
 nvImageCodec and DALI come under terms of NVIDIA's that forbid telling others benchmark figures of that software without
 its written permission (nvidia-nvimgcodec-cu13 0.9.0: LICENSE.txt, 2.11; nvidia-dali-cuda130: see peers/dali.py). So
@@ -20,6 +20,7 @@ they are off by default (--with-nvidia), and even then their figures are printed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -36,7 +37,7 @@ from typing import Any
 
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, UserError
 from alexnet_ddp.words import Parser, answer
-from benchmarks import limit, sets
+from benchmarks import limit, locked, sets
 from benchmarks.trial import QUICK_RAMP, RAMP, Case, Data, Options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +100,7 @@ class Bench:
         self.versions: dict[str, str] = {}
         self.trials: dict[tuple[str, str], list[dict[str, float]]] = {}
         self._work = work
+        self._files = locked.Files()
         self._of: dict[str, Process] = {}
         self._all: list[Process] = []
         self._program: Path | None = None
@@ -178,6 +180,14 @@ class Bench:
                                        options=asdict(self.trial_options), seconds=seconds,
                                        ramp=QUICK_RAMP if self.options.quick else RAMP)
 
+    def lock(self) -> str:
+        """Keeps the sets, converted ones too, and the pipelines' programs in memory; says what went wrong, or ""."""
+        wrong = self._files.lock(self._work)
+        for process in {self._of[case.name] for case, _ in self.cases if case.name in self._of}:
+            with contextlib.suppress(Absent):  # its next trial says so
+                wrong = wrong or process.ask(do="lock")["wrong"]
+        return wrong
+
     def rows(self) -> list[dict[str, Any]]:
         """The result, a row a case and set, quickest first within a set."""
         found = []
@@ -200,6 +210,7 @@ class Bench:
     def close(self) -> None:
         for process in self._all:
             process.close()
+        self._files.close()
 
 
 def page(rows: list[dict[str, Any]], skipped: dict[str, str]) -> str:
@@ -317,13 +328,16 @@ def _run(bench: Bench, options: argparse.Namespace) -> int:
         return EXIT_FINISHED
     where, began = machine(), time.monotonic()
     bench.round(seconds=0.3, seed=0, keep=False)
+    unlocked = bench.lock()
     for number in range(1, options.rounds + 1):
         bench.round(seconds=options.seconds, seed=number, keep=True)
     rows = bench.rows()
     print(page(rows, bench.skipped))
+    if unlocked:
+        print(f"not locked in memory, so some of this may be the disk's speed: {unlocked}")
     conditions = {**where, "threads": options.threads, "batch": options.batch, "rounds": options.rounds,
                   "seconds": options.seconds, "images": {name: set_.images for name, set_ in bench.data.items()},
-                  "load_after": os.getloadavg()[0], "took_s": round(time.monotonic() - began)}
+                  "locked": not unlocked, "load_after": os.getloadavg()[0], "took_s": round(time.monotonic() - began)}
     print(f"\n{conditions}")
     public = [row for row in rows if not row["nvidia"]]
     if options.json:

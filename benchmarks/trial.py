@@ -31,6 +31,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import locked
+
 RAMP = 1.0  # seconds: fills every queue of every pipeline here at 2 threads
 QUICK_RAMP = 0.2
 
@@ -130,6 +132,8 @@ def serve(module_name: str) -> None:
                 absent = missing(module.NEEDS)
                 answer: dict[str, Any] = {"absent": absent, "cases": [asdict(case) for case in module.cases()],
                                           "versions": versions(module.NEEDS)}
+            elif order["do"] == "lock":
+                answer = {"wrong": locked.lock_program()}
             else:
                 case = Case(**{**order["case"], "sets": tuple(order["case"]["sets"])})
                 batches = module.batches(case, Data(**order["data"]), Options(**order["options"]))

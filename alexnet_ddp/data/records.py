@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
@@ -41,9 +41,9 @@ class Records(Protocol):
         """Raw stages: bytes `start` and after of the record into `out` (C-contiguous, as many as it holds)."""
         ...
 
-    def in_memory(self, samples: I64, starts: I64, size: int) -> Sequence[torch.Tensor | None]:
-        """Raw stages: of each record its `size` bytes from `start` on where they lie in memory, verified: uint8 [size],
-        to be read only. None where `read_into` is the way; nothing at all where it is for all of them."""
+    def copy_into(self, samples: I64, starts: I64, out: torch.Tensor) -> bool:
+        """Raw stages: of n records the bytes from `starts` [n] on into `out` (uint8 [n, bytes]), in one call that holds
+        no lock, where all of them lie in memory, verified. False, and nothing done, where `read_into` is the way."""
         ...
 
     def where(self, sample: int) -> str:
@@ -80,8 +80,8 @@ class StoredRecords:
         else:
             self._patiently(sample, lambda: self._index.read_into(sample, out, start))
 
-    def in_memory(self, samples: I64, starts: I64, size: int) -> Sequence[torch.Tensor | None]:
-        return ()
+    def copy_into(self, samples: I64, starts: I64, out: torch.Tensor) -> bool:
+        return False
 
     def where(self, sample: int) -> str:
         return self._index.where(sample)

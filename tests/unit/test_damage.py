@@ -63,8 +63,8 @@ class Bare:
     def __init__(self, storage: Storage, stage: Stage) -> None:
         self.stage, self.read, self.where, self.read_into = stage, storage.read, storage.where, storage.read_into
 
-    def in_memory(self, samples: np.ndarray, starts: np.ndarray, size: int) -> tuple[()]:
-        return ()
+    def copy_into(self, samples: np.ndarray, starts: np.ndarray, out: torch.Tensor) -> bool:
+        return False
 
 
 class Painter:

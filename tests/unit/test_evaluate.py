@@ -60,7 +60,7 @@ def choose(width: int, height: int) -> View:
 def test_works_count_every_sample_once(samples: int) -> None:
     """On 1 to 7 ranks and for any batch: equally many fetches on every rank, each sample in one, in whole tiles."""
     for world, batch in itertools.product(range(1, 8), (1, 2, 4, 7, 100)):
-        ranks = [list(works(samples, batch=batch, rank=rank, world=world, choose=choose)) for rank in range(world)]
+        ranks = [list(works(samples, batch=batch, rank=rank, world=world, choose=[choose])) for rank in range(world)]
         assert len({len(fetches) for fetches in ranks}) == 1
         counted = np.concatenate([work.samples[work.mask] for fetches in ranks for work in fetches])
         assert sorted(counted.tolist()) == list(range(samples))

@@ -100,9 +100,9 @@ def random_crop(width: int, height: int, *, size: int, draws: NDArray[np.float64
     return View(0, 0, width, height, w, h, int(u * (w - size + 1)), int(v * (h - size + 1)))
 
 
-def center(width: int, height: int, *, size: int) -> View:
-    """The central square of `size` at short side size / 0.875: Resize(256) and CenterCrop(224) for size 224."""
-    w, h = short_side(width, height, short=short_for(size))
+def center(width: int, height: int, *, size: int, short: int | None = None) -> View:
+    """The central square of `size` at that short side, else at size / 0.875 (for 224 at 256, as the 2012 paper)."""
+    w, h = short_side(width, height, short=short_for(size) if short is None else short)
     return View(0, 0, width, height, w, h, round((w - size) / 2), round((h - size) / 2))
 
 

@@ -1,0 +1,187 @@
+"""A trained net with all that is needed to use it, from whatever names it.
+
+    from alexnet_ddp import load_model
+
+    model = load_model("runs/alexnet_single")            # or any MODEL of alexnet_ddp.models.weights
+    model.classify(["photo.jpg"])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from alexnet_ddp import config as recipes
+from alexnet_ddp.config import Config
+from alexnet_ddp.data.augment import Augment
+from alexnet_ddp.errors import UserError
+from alexnet_ddp.models import zoo
+from alexnet_ddp.models.recipe import create_for
+from alexnet_ddp.models.weights import Source, Weights, find, put_into, read_weights
+from alexnet_ddp.runfiles import CLASSES
+from alexnet_ddp.trained import classes as names
+from alexnet_ddp.trained.preprocessing import Preprocessing
+
+NOWHERE = "-"  # data.train of a recipe that nobody trains by
+
+
+@dataclass
+class Model:
+    """A net in evaluation mode on `device`, fp32, and how photographs are brought to it.
+
+    net            maps normalised float32 [n, channels, size, size] to logits float32 [n, classes]
+    classes        as the data call them, in the order of the logits; () where nobody knows
+    config         the recipe it was trained by, as far as known; data.* then says where its data lay
+    where          for people: what was read
+    facts          plain Python: source, path, sha256, step, top1, model (see models.weights.Weights)
+    notes          worth telling people: what was assumed
+    """
+
+    net: nn.Module
+    name: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    config: Config
+    where: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        self.net.eval().requires_grad_(False)
+        self._augment: Augment = self.preprocessing.augment(self.device)
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.model.num_classes
+
+    @property
+    def spoken(self) -> list[str]:
+        """The classes' names for people; their numbers where nobody knows them."""
+        return names.spoken(self.classes) or [str(number) for number in range(self.num_classes)]
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 [n, size, size, channels] on the device -> what the net sees: float32 [n, channels, size, size]."""
+        return self._augment(images, None)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """uint8 [n, size, size, channels] on the device -> logits float32 [n, classes]."""
+        return self.net(self.pixels(images)).float()
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Of views that preprocessing.choose gave: uint8 [n, v, size, size, channels] -> float32 [n, classes].
+
+        One view: its softmax. More: the mean over the softmaxes of all of them and of their mirror images
+        (Krizhevsky et al. 2012, section 4.1). Each view goes through the net by itself: n images at a time.
+        """
+        if images.shape[1] == 1:
+            return self.logits(images[:, 0]).softmax(1)
+        shown = [view for number in range(images.shape[1]) for view in (images[:, number], images[:, number].flip(2))]
+        return torch.stack([self.logits(view).softmax(1) for view in shown]).mean(0)
+
+
+def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str | torch.device = "cpu") -> Model:
+    """The model that `spec` names: a run, a checkpoint, a file of weights, a net (see alexnet_ddp.models.weights).
+
+    `overrides` (key=value, as for a recipe) say what the weights don't: model.* of a bare file, augment.mean ...
+    Raises UserError when there is no such model, when it is damaged, or when the net can't be made.
+    """
+    spec, overrides, device = str(spec), list(overrides), torch.device(device)
+    source = find(spec)
+    if source.kind == "net":
+        tree = recipes.apply_overrides({"model": {"name": source.name}}, overrides)
+        config = _config(tree)
+        torch.manual_seed(config.seed)
+        notes = [f"{source.name} has no trained weights: these are fresh ones, of seed {config.seed}"]
+        return _model(config, None, where=f"{source.name}, fresh weights", notes=notes, device=device,
+                      preprocessing=Preprocessing.of(config))
+    weights = read_weights(spec)
+    config = _config(recipes.apply_overrides(_tree(weights, overrides), overrides))
+    preprocessing = Preprocessing.of(config)
+    notes = []
+    if source.kind == "torchvision":
+        preprocessing, more = _torchvision_preprocessing(source.name, preprocessing)
+        notes += more
+    model = _model(config, weights, where=weights.where, notes=notes, device=device, preprocessing=preprocessing)
+    model.classes = _classes(source, weights, config)
+    if not model.classes:
+        model.notes.append("the names of its classes aren't known: they are numbers")
+    return model
+
+
+def _config(tree: dict[str, Any]) -> Config:
+    """A recipe for a net that is only used: it need not say what to train on."""
+    tree = {"init_from": None, **tree}
+    data = {**tree.get("data", {})}
+    return recipes.build({**tree, "data": {**data, "train": data.get("train") or NOWHERE}, "init_from": None,
+                          "memory": {}, "freeze": []})
+
+
+def _model(config: Config, weights: Weights | None, *, where: str, notes: list[str], device: torch.device,
+           preprocessing: Preprocessing) -> Model:
+    net = create_for(config, on_gpu=False)
+    if weights is not None and (fresh := put_into(net, weights, recipe=config.model_dump(mode="json"))):
+        raise UserError(f"{weights.where} holds a last layer for another number of classes than model.num_classes="
+                        f"{config.model.num_classes} ({fresh[0]}). Leave model.num_classes out.")
+    net = net.to(device).to(memory_format=torch.channels_last)
+    return Model(net, config.model.name, preprocessing, (), config, where, dict(weights.facts) if weights else {},
+                 notes, device)
+
+
+def _tree(weights: Weights, overrides: Sequence[str]) -> dict[str, Any]:
+    """The recipe the weights were trained by, or what can be told from the weights themselves."""
+    if weights.recipe is not None:
+        return weights.recipe
+    told = [recipes.parse_override(text) for text in overrides]
+    name = next((value for path, value in told if path == ["model", "name"]), weights.facts.get("model"))
+    if not isinstance(name, str):
+        raise UserError(f"{weights.where} doesn't say of which net its weights are. Name it: model.name=alexnet_single "
+                        "(and model.width and the like, where they aren't the defaults).")
+    if name not in zoo.names() and zoo.TORCHVISION + name in zoo.names():
+        name = zoo.TORCHVISION + name  # as PyTorch's ImageNet example names its nets
+    last = list(weights.tensors.values())[-1]
+    tree: dict[str, Any] = {"model": {"name": name, "num_classes": last.shape[0] if last.ndim else 1000}}
+    if name.startswith(zoo.TORCHVISION):
+        told_by = _transforms(name.removeprefix(zoo.TORCHVISION))
+        tree["augment"] = {"size": told_by.crop_size[0], "mean": list(told_by.mean), "std": list(told_by.std)}
+    return tree
+
+
+def _transforms(name: str) -> Any:
+    return torchvision.models.get_model_weights(name).DEFAULT.transforms()
+
+
+def _torchvision_preprocessing(name: str, like: Preprocessing) -> tuple[Preprocessing, list[str]]:
+    """As torchvision tells of its own weights; a note where its resize isn't ours."""
+    told = _transforms(name)
+    notes = []
+    if told.interpolation.value != "bilinear":
+        notes.append(f"torchvision resizes {told.interpolation.value} for {name}, we bilinearly: accuracies differ a "
+                     "little from those it publishes")
+    return Preprocessing(size=told.crop_size[0], short=told.resize_size[0], channels=3, resize=like.resize,
+                         mean=tuple(told.mean), std=tuple(told.std)), notes
+
+
+def _classes(source: Source, weights: Weights, config: Config) -> tuple[str, ...]:
+    """What the logits stand for, as the data call it; () where nobody knows."""
+    if source.kind == "torchvision":
+        return tuple(names.imagenet())
+    run = {"best": source.path, "checkpoint": source.path.parent.parent}.get(source.kind)
+    if run is None:
+        return ()
+    try:
+        told = json.loads((run / CLASSES).read_text())
+    except (OSError, ValueError):
+        return ()
+    fits = isinstance(told, list) and len(told) == config.model.num_classes
+    return tuple(map(str, told)) if fits else ()
+
