@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_ddp import config as recipes
+from alexnet_ddp import tables
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.runfiles import newest_checkpoint, read_state
 from alexnet_ddp.sinks import read_records
@@ -169,13 +170,8 @@ def _table(one: Group) -> str:
         words = "mean ± standard deviation" if n > 1 else "mean"
         lines.append([f"{words}, n = {n}", "", *(_mean(metric, one.best.get(metric)) for metric in metrics), "",
                       *(_mean(metric, one.last.get(metric)) for metric in metrics)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    drawn = ["| " + " | ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in
-                               enumerate(zip(line, widths, strict=True))) + " |" for line in lines]
-    drawn.insert(1, "|" + "|".join("-" * (width + 2) if place == 0 else "-" * (width + 1) + ":"
-                                   for place, width in enumerate(widths)) + "|")
     told = [", ".join(f"{path}: {value}" for path, value in one.differs.items()) + ":", ""] if one.differs else []
-    return "\n".join([*told, *drawn, *(["", *one.notes] if one.notes else [])])
+    return "\n".join([*told, tables.markdown(lines), *(["", *one.notes] if one.notes else [])])
 
 
 def _cell(metric: str, value: Any) -> str:

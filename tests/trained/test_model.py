@@ -1,0 +1,21 @@
+"""load_model on a run."""
+
+import json
+
+from alexnet_ddp import load_model
+from alexnet_ddp.trained.tiles import open_source, tiles
+from trained_nets import Trained
+
+
+def test_a_run_is_opened_whole(trained: Trained) -> None:
+    """Its classes, preprocessing and weights: as many right answers as the run's own evaluation has counted."""
+    model = load_model(trained.run)
+    best = json.loads((trained.run / "best.json").read_text())
+    assert list(model.classes) == sorted(path.name for path in trained.val.iterdir())
+    right = 0
+    with open_source(str(trained.val), model) as source:
+        for tile in tiles(model, source):
+            answers = model.probabilities(tile.images).argmax(1)
+            right += int(((answers == tile.labels) & tile.whole).sum())
+        assert right == round(best["top1"] * len(source))
+    assert right > 0.6 * len(source)
