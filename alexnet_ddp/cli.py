@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   doctor slurm                        what this cluster's settings mean for a run
   report RUN [RUN ...]                accuracy of runs side by side; mean and deviation over seeds
   models                              the nets there are;  models show NAME: layers, sizes, parameters, MACs
+  compare MODEL [MODEL ...]           nets side by side: accuracy, size, latency, throughput, memory
   data index WHERE                    what lies in a folder, tar or shards
   data pack SRC DST                   the same images smaller or as bare pixels, in checksummed tars
   data verify WHERE                   a pack's checksums; --decode: every image in full
@@ -107,6 +109,14 @@ def report(words: list[str]) -> int:
     return command(words)
 
 
+def compare(words: list[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in training: threads that spin take the cores from others
+
+    from alexnet_ddp.trained.comparison import main as command
+
+    return command(words)
+
+
 def doctor(words: list[str]) -> int:
     from launch.doctor import main as command
 
@@ -115,7 +125,8 @@ def doctor(words: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "submit": submit, "status": status,
                                                    "report": report,
-                                                   "doctor": doctor, "models": models, "data": data, "demo": demo}
+                                                   "doctor": doctor, "models": models, "data": data, "demo": demo,
+                                                   "compare": compare}
 
 
 def main(words: list[str] | None = None) -> int:

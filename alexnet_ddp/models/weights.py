@@ -316,7 +316,7 @@ def _read_torchvision(source: Source) -> Weights:
     # which our nets haven't got either (that of googlenet it drops itself).
     net = torchvision.models.get_model(source.name, weights=entry, progress=False)
     tensors = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith("AuxLogits.")}
-    facts = {"path": str(path.resolve()), "sha256": found, "step": None, "top1": _published(entry),
+    facts = {"path": str(path.resolve()), "sha256": found, "step": None, "top1": published(entry),
              "model": zoo.TORCHVISION + source.name}
     return Weights(tensors, f"{zoo.TORCHVISION}{source.name} ({entry.name}, {path.name})", facts)
 
@@ -333,7 +333,7 @@ def _hash_in_name(path: Path) -> str:
     return match[1] if match else ""
 
 
-def _published(entry: Any) -> float | None:
+def published(entry: Any) -> float | None:
     """The top-1 on ImageNet that torchvision tells of its weights, as a share."""
     told = entry.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
     return None if told is None else told / 100

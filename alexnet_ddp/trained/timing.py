@@ -154,12 +154,14 @@ def machine(device: torch.device) -> dict[str, Any]:
                 if line.startswith("model name")), platform.machine())
     gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
     return {**gpu, "cpu": cpu, "cores": usable_cores(), "threads": torch.get_num_threads(),
-            "load": round(os.getloadavg()[0], 1), "python": platform.python_version(), "torch": str(torch.__version__),
+            "omp": os.environ.get("OMP_WAIT_POLICY", "unset"), "load": round(os.getloadavg()[0], 1),
+            "python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": str(torchvision.__version__), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
 def machine_line(told: dict[str, Any]) -> str:
     """`machine` in one line, for people."""
     gpu = f"{told['gpu']} (CUDA {told['cuda']}), " if "gpu" in told else ""
-    return (f"{gpu}{told['cpu']}, {told['cores']} cores, {told['threads']} threads, load {told['load']} before, Python "
-            f"{told['python']}, torch {told['torch']}, torchvision {told['torchvision']}, {told['date']}")
+    return (f"{gpu}{told['cpu']}, {told['cores']} cores, {told['threads']} threads (OMP_WAIT_POLICY {told['omp']}), "
+            f"load {told['load']} before, Python {told['python']}, torch {told['torch']}, torchvision "
+            f"{told['torchvision']}, {told['date']}")

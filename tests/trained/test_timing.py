@@ -69,4 +69,4 @@ def test_peak_sees_what_is_gone_again() -> None:
 def test_the_machine_is_named() -> None:
     """Processor, threads and versions are in the line below a table."""
     line = timing.machine_line(timing.machine(CPU))
-    assert str(torch.__version__) in line and f"{torch.get_num_threads()} threads" in line
+    assert str(torch.__version__) in line and f"{torch.get_num_threads()} threads (" in line
