@@ -11,6 +11,7 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.schedule import learning_rate
 
+STEPS = 20_000_000  # a rate each, some ten seconds and a gigabyte
 ROWS = 20  # of the table, more or less
 WIDTH, HEIGHT = 64, 12  # characters of the picture
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " #"  # cells from empty to full
@@ -26,6 +27,10 @@ def show(config: Config, *, samples: int | None, out: str | None) -> None:
         check_out(out)
     samples = min(samples_of(config) if samples is None else samples, config.data.limit or sys.maxsize)
     steps_per_epoch = -(-samples // config.global_batch)
+    if config.epochs * steps_per_epoch > STEPS:
+        raise UserError(f"--print-schedule computes the rate of every step, at most {STEPS:,}, got "
+                        f"{config.epochs * steps_per_epoch:,} ({config.epochs} epochs of {samples:,} images in batches "
+                        f"of {config.global_batch}). Use a smaller --samples, or epochs=...")
     rates = [learning_rate(step, base=config.optim.lr, schedule=config.schedule, steps_per_epoch=steps_per_epoch,
                            epochs=config.epochs) for step in range(config.epochs * steps_per_epoch)]
     title = (f"{config.name}: schedule.name={config.schedule.name}, {config.epochs} epochs of {steps_per_epoch} steps "

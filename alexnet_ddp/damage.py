@@ -7,12 +7,13 @@ with it. In an evaluation it counts as wrong.
 
 Ranks tell rank 0 what they met when it logs and before it saves, never in a step. RUN/damaged.jsonl names each image
 once, with the step in which it was met first; like metrics.jsonl it is cut back to what a checkpoint has seen, so that
-nothing of it is per rank and the count is that of a run which never stopped.
+nothing of it is per rank and the count is that of a run which never stopped. Lines of data that the run no longer uses
+(another data.val) are taken out of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -67,24 +68,43 @@ class Met:
 class DamagedFile:
     """RUN/damaged.jsonl: each damaged image once. Rank 0 only."""
 
-    def __init__(self, path: Path, *, step: int, evaluated_step: int) -> None:
-        """Keeps what a checkpoint of `step`, last evaluated at `evaluated_step`, has seen. Raises OSError."""
-        self._file = sinks.MetricsFile(path, step=step, evaluated_step=evaluated_step)
-        self._known = {(record["kind"], record.get("sample")): record for record in self._file.records}
+    def __init__(self, path: Path, *, step: int, evaluated_step: int, indexes: Mapping[Kind, Index]) -> None:
+        """Keeps what a checkpoint of `step`, last evaluated at `evaluated_step`, has seen of the data in `indexes`.
+
+        Raises OSError.
+        """
+        self._indexes = indexes
+        self._file = sinks.MetricsFile(path, step=step, evaluated_step=evaluated_step, belongs=self._belongs)
+        self._known = {(record["kind"], record["sample"]): record for record in self._file.records}
+
+    def _belongs(self, record: dict[str, Any]) -> bool:
+        """Whether a line is whole, and of an image that the run still uses. One of a kind of data that isn't there now
+        waits for it to come back."""
+        words = all(isinstance(record.get(name), str) for name in ("name", "file", "reason"))
+        if record["kind"] not in FIELDS or type(record.get("sample")) is not int or not words:
+            return False
+        index = self._indexes.get(record["kind"])
+        if index is None:
+            return True
+        if "identity" in record:
+            return bool(record["identity"] == index.identity)
+        # older versions wrote no identity
+        return 0 <= record["sample"] < len(index) and record["name"] == index.name(record["sample"])
 
     def count(self, kind: Kind) -> int:
         return sum(known == kind for known, _ in self._known)
 
-    def add(self, met: Iterable[Met], *, indexes: dict[Kind, Index], attempt: int) -> list[dict[str, Any]]:
+    def add(self, met: Iterable[Met], *, attempt: int) -> list[dict[str, Any]]:
         """Writes those that are new, durably, and returns their records."""
         new = []
         for one in sorted(met, key=lambda one: (one.step, one.kind, one.sample)):
             if (one.kind, one.sample) in self._known:
                 continue
-            index = indexes[one.kind]
+            index = self._indexes[one.kind]
             file, offset = index.place(one.sample)
             record = {"kind": one.kind, "step": one.step, "sample": one.sample, "name": index.name(one.sample),
-                      "file": file, "offset": offset, "reason": one.reason, "attempt": attempt, "time": sinks.now()}
+                      "file": file, "offset": offset, "reason": one.reason, "identity": index.identity,
+                      "attempt": attempt, "time": sinks.now()}
             self._known[one.kind, one.sample] = record
             self._file.write(record)
             new.append(record)
@@ -122,7 +142,8 @@ class Damage:
 
     def _open(self, place: dict[str, Any]) -> None:
         try:
-            self._file = DamagedFile(self._path, step=place["step"], evaluated_step=place["evaluated_step"] or 0)
+            self._file = DamagedFile(self._path, step=place["step"], evaluated_step=place["evaluated_step"] or 0,
+                                     indexes=self._indexes)
         except OSError as error:
             raise UserError(f"{self._path} can't be written: {error.strerror or error}. Choose another run directory "
                             "with runs=...") from None
@@ -146,19 +167,32 @@ class Damage:
     def share(self) -> int:
         """Tells rank 0 what was met, and returns how many training images are damaged so far (there). Collective.
 
-        Raises UserError on rank 0 when there are too many of either kind.
+        Raises UserError on rank 0 when they are too many.
         """
+        self._gather()
+        if why := self._too_many("train"):
+            raise UserError(why)
+        return self.counts["train"]
+
+    def share_evaluation(self) -> str:
+        """Tells rank 0 what an evaluation has met, and returns why the run can't go on after it, "" where it can: the
+        same on all ranks. Collective."""
+        self._gather()
+        said = [self._too_many("evaluate")]
+        if self._section.on_error == "skip":
+            dist.broadcast_object_list(said, src=0, group=self._world.control)
+        return said[0]
+
+    def _gather(self) -> None:
         if self._section.on_error == "fail":
-            return self.counts["train"]
+            return
         mine, self._met = self._met, []
         told: list[Any] | None = [None] * self._world.size if self._world.rank == 0 else None
         dist.gather_object(mine, told, dst=0, group=self._world.control)
         if told is not None and self._file is not None:
-            new = self._file.add([one for part in told for one in part], indexes=self._indexes, attempt=self._attempt)
+            new = self._file.add([one for part in told for one in part], attempt=self._attempt)
             self._count()
             self._tell(new)
-            self._check(self._file)
-        return self.counts["train"]
 
     def _tell(self, new: list[dict[str, Any]]) -> None:
         for record in new[:NAMED]:
@@ -166,14 +200,18 @@ class Damage:
         if len(new) > NAMED:
             self._say(f"... and {len(new) - NAMED:,} more; all of them: {self._path}")
 
-    def _check(self, file: DamagedFile) -> None:
-        for kind, samples in self._samples.items():
-            count = self.counts[kind]
-            if count / samples > self._section.max_damaged:
-                raise UserError(
-                    f"{FIELDS[kind]}: {count:,} of {samples:,} images are damaged, more than data.max_damaged="
-                    f"{self._section.max_damaged:g} allows:\n{file.named(kind)}\nAll of them: {self._path}. Replace "
-                    "them under the same names, or raise data.max_damaged; the same command then goes on.")
+    def _too_many(self, kind: Kind) -> str:
+        """Why the run can't go on, in a sentence that fits the last line of a failure; the first images are told before
+        it, a line each. "" where it can, and on other ranks than 0."""
+        if self._file is None or kind not in self._samples:
+            return ""
+        count, samples = self.counts[kind], self._samples[kind]
+        if count / samples <= self._section.max_damaged:
+            return ""
+        self._say(f"too many damaged images in {FIELDS[kind]}:\n{self._file.named(kind)}\n  all of them: {self._path}")
+        return (f"{FIELDS[kind]}: {count:,} of {samples:,} images are damaged, more than data.max_damaged="
+                f"{self._section.max_damaged:g} allows; {self._path} names them. Replace them under the same names, or "
+                "raise data.max_damaged; the same command then goes on.")
 
     def summary(self) -> str:
         """How many were left out and where they are listed, for the end of a run; "" for none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from alexnet_ddp.errors import UserError
 from alexnet_ddp.sections import EmaSection
 
 
@@ -19,6 +20,14 @@ def decay_at(step: int, section: EmaSection) -> float | None:
         return None
     updates = (step + 1) // section.steps - 1
     return min(section.decay, (1 + updates) / (10 + updates))
+
+
+def check_steps(section: EmaSection, *, total_steps: int) -> None:
+    """Raises UserError for a mean that would never move in a run of so many steps: its first weights, random ones,
+    would be evaluated and published."""
+    if section.decay is not None and section.steps > total_steps:
+        raise UserError(f"ema.steps must be at most the steps of the run, got {section.steps} for {total_steps}: the "
+                        f"mean would stay at the weights that the run begins with. Use ema.steps=1, or train longer.")
 
 
 class Ema:

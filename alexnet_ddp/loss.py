@@ -25,10 +25,14 @@ def sample_losses(logits: Tensor, targets: Targets, *, smoothing: float) -> Tens
     cross-entropy against the blended labels.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if targets.weights is not None:
+        # A net may say inf or nan of what isn't an image. Masked here, and not the losses alone: the backward of a
+        # cross-entropy of nan makes nan of a gradient of zero (0 * nan).
+        logits = torch.where((targets.weights > 0)[:, None], logits, 0.0)
     losses = F.cross_entropy(logits, targets.labels, reduction="none", label_smoothing=smoothing)
     if targets.others is not None and targets.shares is not None:
         others = F.cross_entropy(logits, targets.others, reduction="none", label_smoothing=smoothing)
         losses = targets.shares * losses + (1.0 - targets.shares) * others
-    if targets.weights is not None:  # not multiplied: a net may say inf or nan of what isn't an image
+    if targets.weights is not None:
         losses = torch.where(targets.weights > 0, losses, 0.0)
     return losses

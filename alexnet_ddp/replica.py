@@ -13,6 +13,7 @@ from alexnet_ddp.distributed import World, on_rank_0
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models.dropout import set_dropout_rows
+from alexnet_ddp.models.frozen import within
 from alexnet_ddp.models.weights import Weights, put_into
 from alexnet_ddp.optim import named_state
 from alexnet_ddp.step import Step
@@ -43,6 +44,11 @@ def begin_with(weights: Weights | None, *, world: World, net: nn.Module, recipe:
     def work() -> tuple[dict[str, Any], str]:
         assert weights is not None
         fresh = put_into(net, weights, recipe=recipe)
+        still = [name for name in fresh if any(within(name, part) for part in recipe["freeze"])]
+        if still:
+            raise UserError(f"freeze={', '.join(recipe['freeze'])} would keep {still[0]} at the random numbers that it "
+                            f"begins with: {weights.where} has another number of classes, so that the last layer "
+                            f"starts fresh. Freeze parts before it, such as freeze=[features].")
         layer = f"; {fresh[0].rpartition('.')[0]} starts fresh, for other classes" if fresh else ""
         return weights.facts, f"begins with the weights of {weights.where}{layer}"
 

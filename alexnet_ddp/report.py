@@ -191,8 +191,9 @@ class Report:
         if cause:
             self.status("preempted", place=place, why=cause)
             (self._config.run_dir / STOP_FILE).unlink(missing_ok=True)
+            but = " without --fresh" if self._directory.fresh else ""
             say(f"stopped by {cause} after step {place['step']} of {self._total}; saved. "
-                "The same command goes on from there.")
+                f"The same command{but} goes on from there.")
         else:
             self.status("finished", place=place)
             say_finished(self._config, place["step"], place["best"], planned=self._total)

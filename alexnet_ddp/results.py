@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from alexnet_ddp import config as recipes
 from alexnet_ddp import tables
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
-from alexnet_ddp.runfiles import newest_checkpoint, read_state
-from alexnet_ddp.sinks import read_records
+from alexnet_ddp.runfiles import read_identities, read_state
+from alexnet_ddp.sinks import read_records, say
 from alexnet_ddp.words import Parser
 
 METRICS = ("top1", "top5", "loss")
+IDENTITY = "identity of data."  # of an experiment's fields: a fingerprint of the samples, by `train` and `val`
 MEASURED = ("evaluate.crop", "evaluate.crops")  # free on resume, but what is measured hangs on them
 
 
@@ -66,9 +70,17 @@ class Group:
 
 def read(run_dir: Path) -> Result:
     """A run's result. Raises UserError for a directory that isn't a run's, or whose recipe can't be read."""
-    recipe = recipes.stored(recipes.read_yaml(run_dir / "config.yaml", what="recipe of the run"))
+    path = run_dir / "config.yaml"
+    try:
+        recipe = recipes.stored(recipes.read_yaml(path, what="recipe of the run"))
+    except (ValidationError, AttributeError, TypeError) as error:
+        said = error.errors()[0] if isinstance(error, ValidationError) else None
+        why = f"{'.'.join(map(str, said['loc']))}: {said['msg']}" if said else str(error)
+        raise UserError(f"{path} is no recipe of this program ({why}). Bring back the file: the run's checkpoints hold "
+                        "it in manifest.json.") from None
     state = read_state(run_dir)
-    evaluations = [record for record in read_records(run_dir / "metrics.jsonl") if record["kind"] == "evaluate"]
+    evaluations = [record for record in read_records(run_dir / "metrics.jsonl") if record["kind"] == "evaluate"
+                   and isinstance(record.get("top1"), int | float)]
     flat = recipes.flatten(recipe.model_dump(mode="json"))
     chosen = {path for path, info in recipes.fields() if info.json_schema_extra["resume"] != "free"} | set(MEASURED)
     experiment = {path: flat[path] for path in flat if path in chosen and path != "seed"}
@@ -78,31 +90,40 @@ def read(run_dir: Path) -> Result:
 
 
 def best_of(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first evaluation with the highest top-1, the running mean's where there is one: as the run keeps its best."""
-    return max(evaluations, key=lambda record: record.get("ema_top1", record["top1"]), default=None)
+    """The first evaluation with the highest top-1, the running mean's where there is one: as the run keeps its best,
+    which begins anew where a mean was switched on or off."""
+    deciding = "ema_top1" if evaluations and isinstance(evaluations[-1].get("ema_top1"), int | float) else "top1"
+    alike = [record for record in evaluations if ("ema_top1" in record) == (deciding == "ema_top1")]
+    return max(alike, key=lambda record: record.get(deciding) or 0.0, default=None)
 
 
 def _data(run_dir: Path) -> dict[str, str]:
     """Fingerprints of what was trained and evaluated on, of a run that has a checkpoint."""
-    saved = newest_checkpoint(run_dir)
-    try:
-        known = json.loads((saved.path / "manifest.json").read_text())["lineage"]["identities"] if saved else {}
-    except (OSError, ValueError, KeyError):
-        known = {}
-    return {f"identity of data.{key}": value[:12] for key, value in known.items() if value}
+    return {f"{IDENTITY}{key}": value[:12] for key, value in read_identities(run_dir).items()}
 
 
 def group(results: Sequence[Result]) -> list[Group]:
-    """Runs by their experiment, in the order in which they come. Pure."""
-    alike: dict[str, list[Result]] = {}
+    """Runs by their experiment, in the order in which they come: recipe and data, since accuracies on other held-out
+    images have no mean. A run without a checkpoint doesn't know its data: it belongs to the first of its recipe. Pure.
+    """
+    alike: list[list[Result]] = []
     for result in results:
-        # a run that has no checkpoint yet doesn't know its data: it belongs to those of its recipe
-        key = {path: value for path, value in result.experiment.items() if not path.startswith("identity of ")}
-        alike.setdefault(json.dumps(key, sort_keys=True), []).append(result)
-    first = [runs[0].experiment for runs in alike.values()]
+        fits = (runs for runs in alike if all(_same_experiment(result.experiment, run.experiment) for run in runs))
+        found = next(fits, None)
+        if found is None:
+            alike.append([result])
+        else:
+            found.append(result)
+    first = [{path: value for run in reversed(runs) for path, value in run.experiment.items()} for runs in alike]
     paths = [path for path in dict.fromkeys(path for one in first for path in one)
              if any(one.get(path) != first[0].get(path) for one in first)]
-    return [_group(runs, {path: runs[0].experiment.get(path) for path in paths}) for runs in alike.values()]
+    return [_group(runs, {path: one.get(path) for path in paths}) for runs, one in zip(alike, first, strict=True)]
+
+
+def _same_experiment(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether all fields are the same, of identities those that both know."""
+    return all(one.get(path) == other.get(path) for path in one.keys() | other.keys()
+               if not path.startswith(IDENTITY) or (path in one and path in other))
 
 
 def _group(runs: list[Result], differs: dict[str, Any]) -> Group:
@@ -118,10 +139,6 @@ def _group(runs: list[Result], differs: dict[str, Any]) -> Group:
     for seed in dict.fromkeys(run.seed for run in runs):
         if len(same := [run.name for run in runs if run.seed == seed]) > 1:
             notes.append(f"Of the same seed, {seed}, so not independent: {', '.join(same)}.")
-    for which in ("train", "val"):
-        path = f"identity of data.{which}"
-        if len({run.experiment[path] for run in runs if path in run.experiment}) > 1:
-            notes.append(f"data.{which} holds other samples in some of these runs than in others.")
     return Group(runs, differs, _spreads([run.best for run in finished]), _spreads([run.last for run in finished]),
                  notes)
 
@@ -190,9 +207,20 @@ def _mean(metric: str, spread: Spread | None) -> str:
 # --- the command ------------------------------------------------------------------------------------------------
 
 
-def report(run_dirs: Sequence[Path], *, as_json: bool = False) -> str:
-    """The table of these runs, or a JSON list of groups. Raises UserError."""
-    groups = group([read(run_dir) for run_dir in run_dirs])
+def report(run_dirs: Sequence[Path], *, as_json: bool = False, say: Callable[[str], None] = say) -> str:
+    """The table of these runs, or a JSON list of groups. Runs that can't be read (one that hasn't begun, say) are told
+    and left out. Raises UserError when none can."""
+    found, unread = list[Result](), list[UserError]()
+    for run_dir in run_dirs:
+        try:
+            found.append(read(run_dir))
+        except UserError as error:
+            unread.append(error)
+    if not found:
+        raise unread[0]
+    for why in unread:
+        say(f"left out of the report: {why}")
+    groups = group(found)
     return json.dumps([asdict(one) for one in groups], indent=1) if as_json else markdown(groups)
 
 
@@ -210,5 +238,6 @@ def main(words: list[str]) -> int:
     found = [run_dir for name in options.names for run_dir in seeds.run_dirs(name, runs=options.runs)]
     if len({run_dir.resolve() for run_dir in found}) < len(found):
         raise UserError(f"A run is named twice: {' '.join(options.names)}. Name each once.")
-    print(report(found, as_json=options.json))
+    tables.tell(report(found, as_json=options.json,
+                       say=lambda line: tables.tell(f"alexnet-ddp: {line}", file=sys.stderr)))
     return EXIT_FINISHED

@@ -26,7 +26,7 @@ from alexnet_ddp.distributed import World, everywhere, on_rank_0
 from alexnet_ddp.errors import RunFailed, UserError
 from alexnet_ddp.lease import Lease
 from alexnet_ddp.models.weights import Weights, read_weights
-from alexnet_ddp.runfiles import CLASSES, STATE, free_name, job_of, read_state
+from alexnet_ddp.runfiles import CLASSES, STATE, check_not_set_aside, free_name, job_of, read_state
 from alexnet_ddp.schedule import learning_rate
 from alexnet_ddp.sinks import say
 from alexnet_ddp.watchdog import Failure, kind_of
@@ -56,7 +56,7 @@ class RunDirectory:
 
         `wait`: for a sign of life of an owner that may be gone; otherwise such a directory counts as owned.
         """
-        self.path = config.run_dir
+        self.path, self.fresh = config.run_dir, fresh
         self.job = job_of(os.environ).facts
         self._lease = self._acquire(wait=wait)
         if fresh and any(self.path.glob("checkpoints/*")):
@@ -122,9 +122,9 @@ class RunDirectory:
         start.init = lineage.get("init")
         why = check_recipe(lineage, config, order=order, done=start.state.step, accept=accept_changes)
         why += check_data(lineage, identities)
-        if lineage["identities"]["val"] != identities["val"] and start.state.best is not None:
-            start.notes.append("data.val holds other samples than before: accuracies of before can't be compared with "
-                               "those to come, and the best begins anew")
+        if start.state.best is not None and (other := why_best_anew(lineage, config, identities)):
+            start.notes.append(f"{other}: accuracies of before can't be compared with those to come, and the best "
+                               "begins anew")
             start.state = replace(start.state, best=None)
         if not lineage["exact"]:
             why.insert(0, "an earlier attempt was not")
@@ -139,14 +139,28 @@ class RunDirectory:
         return start
 
 
+def why_best_anew(lineage: dict[str, Any], config: Config, identities: dict[str, str]) -> str:
+    """Why the best evaluation so far is no measure of those to come, "" where it is: pure."""
+    if lineage["identities"]["val"] != identities["val"]:
+        return "data.val holds other samples than before"
+    before = (lineage["recipe"].get("ema") or {}).get("decay") is not None  # older recipes know no mean
+    if before != (config.ema.decay is not None):
+        deciding = "the weights themselves" if config.ema.decay is None else "the running mean of the weights"
+        return f"It is now {deciding} whose accuracy decides"
+    return ""
+
+
 def read_start(config: Config, *, fresh: bool) -> Weights | None:
     """The weights that a new run begins with; None without init_from, and for a run that has begun. Rank 0's.
 
-    Raises UserError when there are none, or none that verify.
+    Raises UserError when there are none, or none that verify, and when --fresh would set aside what they lie in: the
+    recipe would name another file, or none, from then on.
     """
     begun = any(choose.order(path.name for path in config.run_dir.glob("checkpoints/step_*")))
     if config.init_from is None or (begun and not fresh):
         return None
+    if fresh:
+        check_not_set_aside(config.init_from, config.run_dir, name=config.name)
     return read_weights(config.init_from)
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alexnet_ddp.errors import UserError
+
 STATE = "state.json"
 CLASSES = "classes.json"
 ATTEMPTS = "attempts.jsonl"
@@ -96,6 +98,19 @@ def newest_checkpoint(run_dir: Path) -> Saved | None:
         return newest_checkpoint(run_dir)
 
 
+def read_identities(run_dir: Path) -> dict[str, str]:
+    """Fingerprints of the data that a run was trained and evaluated on (`train`, `val`), by its newest checkpoint.
+
+    {} where there is none, or none that says so.
+    """
+    saved = newest_checkpoint(run_dir)
+    try:
+        known = json.loads((saved.path / "manifest.json").read_text())["lineage"]["identities"] if saved else {}
+        return {str(key): value for key, value in known.items() if isinstance(value, str) and value}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
     """All that attempts.jsonl tells, oldest first; a line cut off by a power-off is left out."""
     try:
@@ -126,6 +141,15 @@ def add_attempt(run_dir: Path, event: str, **facts: Any) -> None:
         file.write(json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def check_not_set_aside(init_from: str, run_dir: Path, *, name: str, cwd: Path | None = None) -> None:
+    """Raises UserError when --fresh would rename the very directory that a new run is to begin from. `cwd`: where a
+    relative path starts, the working directory by default."""
+    for text in filter(None, (init_from, init_from.rpartition("@")[0])):
+        if ((cwd or Path()) / os.path.expanduser(text)).resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(f"init_from={init_from} lies in {run_dir}, which --fresh sets aside under another name. "
+                            f"Give the new run a name of its own (name={name}_2) and leave out --fresh.")
 
 
 def free_name(run_dir: Path) -> Path:

@@ -8,6 +8,8 @@ torch.
 from __future__ import annotations
 
 import ctypes
+import functools
+import glob
 import os
 import re
 import signal
@@ -21,7 +23,7 @@ from types import FrameType
 from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
-from alexnet_ddp.runfiles import read_state
+from alexnet_ddp.runfiles import read_identities, read_state
 from alexnet_ddp.sinks import say
 from alexnet_ddp.stop import SIGNALS
 
@@ -60,14 +62,38 @@ def configs(path: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[C
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run is over and its recipe was this one, but for fields that are free: then nobody need start it."""
+    """Whether the run is over and its recipe was this one, but for fields that are free, and its training data those of
+    now: then nobody need start it. One that was trained on other samples is started, and says why it can't go on."""
     if read_state(config.run_dir).get("status") != "finished":
         return False
     try:
         before = recipes.read_yaml(config.run_dir / "config.yaml")
-        return all(change.effect == "free" for change in recipes.differences(before, config))
+        if any(change.effect != "free" for change in recipes.differences(before, config)):
+            return False
     except UserError:
         return False
+    known = read_identities(config.run_dir).get("train")
+    return known is None or _identity(config.data.train) in (known, None)
+
+
+def _others_held_out(config: Config) -> str:
+    """A remark on a finished run whose held-out samples aren't those of now; "" without."""
+    known = read_identities(config.run_dir).get("val")
+    now = _identity(config.data.val) if config.data.val and known else None
+    return "" if now in (known, None) else (
+        f", and its accuracy is of other held-out samples than data.val={config.data.val} holds now")
+
+
+@functools.cache
+def _identity(place: str) -> str | None:
+    """The identity fingerprint of the data there; None where they can't be looked at."""
+    from alexnet_ddp.data.index import open_index  # NumPy, and perhaps a long look
+
+    try:
+        with open_index(place) as index:
+            return index.identity
+    except UserError:
+        return None
 
 
 class Queue:
@@ -127,28 +153,29 @@ def train(path: str, overrides: Sequence[str], *, text: str, flags: Sequence[str
     queue, began = Queue().install(), time.monotonic()
     for place, config in enumerate(runs, 1):
         if "--fresh" not in flags and is_finished(config):
-            say(f"run {place} of {len(runs)}: {config.run_dir} is finished")
+            say(f"run {place} of {len(runs)}: {config.run_dir} is finished{_others_held_out(config)}")
             continue
         left = None if config.deadline is None else recipes.parse_duration(config.deadline) - time.monotonic() + began
         if queue.signal or (left is not None and left <= 0):
-            return _stopped(queue, runs, place)
+            return _stopped(queue, runs, place, flags=flags)
         say(f"run {place} of {len(runs)}: {config.run_dir}")
         words = [f"seed={config.seed}", f"name={config.name}", *([] if left is None else [f"deadline={left:.0f}s"])]
         code = queue.run(["train", path, *overrides, *words, *flags])
         if code == EXIT_STOPPED:
-            return _stopped(queue, runs, place)
+            return _stopped(queue, runs, place, flags=flags)
         if code:
             say(f"run {place} of {len(runs)} ended with exit code {code}; those after it were not started")
             return code
-    from alexnet_ddp import results
+    from alexnet_ddp import results, tables
 
-    print(results.report([config.run_dir for config in runs]), flush=True)
+    tables.tell(results.report([config.run_dir for config in runs]))
     return EXIT_FINISHED
 
 
-def _stopped(queue: Queue, runs: Sequence[Config], place: int) -> int:
+def _stopped(queue: Queue, runs: Sequence[Config], place: int, *, flags: Sequence[str]) -> int:
     by = f" by {queue.signal}" if queue.signal else ""
-    say(f"stopped{by} at run {place} of {len(runs)}; the same command goes on from there")
+    but = " without --fresh" if "--fresh" in flags else ""
+    say(f"stopped{by} at run {place} of {len(runs)}; the same command{but} goes on from there")
     return EXIT_STOPPED
 
 
@@ -157,7 +184,8 @@ def run_dirs(name: str, *, runs: Path) -> list[Path]:
     for place in (Path(name), runs / name):
         if (place / "config.yaml").is_file():
             return [place]
-        found = [run for run in place.parent.glob(f"{place.name}-seed*") if re.fullmatch(r".*-seed\d+", run.name)]
+        found = [run for run in place.parent.glob(f"{glob.escape(place.name)}-seed*")
+                 if re.fullmatch(r".*-seed\d+", run.name)]
         if found:
             return sorted(found, key=lambda run: int(run.name.rpartition("-seed")[2]))
     raise UserError(f"There is no run '{name}', neither as a path nor in {runs}, nor '{name}-seed0' ... "

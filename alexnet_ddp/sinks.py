@@ -10,6 +10,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ def kept_after_resume(record: Record, *, step: int, evaluated_step: int) -> bool
 
 
 def read_records(path: Path) -> list[Record]:
-    """The whole lines of a metrics file; a line torn by a kill is left out."""
+    """The whole lines of a metrics file; a line torn by a kill is left out, and one that isn't ours."""
     records: list[Record] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-                if isinstance(record, dict) and "step" in record and "kind" in record:
+                if isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("kind"), str):
                     records.append(record)
             except ValueError:
                 continue
@@ -55,10 +56,12 @@ class MetricsFile:
     A full disk keeps lines in memory until it takes them again; nothing is lost, and training goes on.
     """
 
-    def __init__(self, path: Path, *, step: int, evaluated_step: int) -> None:
+    def __init__(self, path: Path, *, step: int, evaluated_step: int,
+                 belongs: Callable[[Record], bool] = lambda record: True) -> None:
+        """`belongs` tells which of these records are kept. Raises OSError."""
         self._path, self._waiting, self._warned = path, [], False  # type: tuple[Path, list[str], bool]
         self.records = [record for record in read_records(path)
-                        if kept_after_resume(record, step=step, evaluated_step=evaluated_step)]
+                        if kept_after_resume(record, step=step, evaluated_step=evaluated_step) and belongs(record)]
         rewrite(path, [json.dumps(record) for record in self.records])
 
     def write(self, record: Record) -> None:

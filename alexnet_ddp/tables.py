@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 
 def markdown(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -14,3 +16,14 @@ def markdown(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     drawn.insert(1, "|" + "|".join("-" * (width + 2) if place < left else "-" * (width + 1) + ":"
                                    for place, width in enumerate(widths)) + "|")
     return "\n".join(drawn)
+
+
+def tell(text: str, *, file: TextIO | None = None) -> None:
+    """Prints text (on standard output) that may hold characters its encoding hasn't got, as under LC_ALL=C."""
+    out = file or sys.stdout
+    encoding = out.encoding or "ascii"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.replace("\N{PLUS-MINUS SIGN}", "+/-").encode(encoding, "backslashreplace").decode(encoding)
+    print(text, file=out, flush=True)

@@ -36,7 +36,7 @@ from alexnet_ddp.data.randomness import dropout_rows, key
 from alexnet_ddp.data.records import Records, StoredRecords
 from alexnet_ddp.data.training import Data, has_single_samples, largest_part, most_rows, open_data, told, training_works
 from alexnet_ddp.distributed import World, everywhere, first_on_node, on_rank_0
-from alexnet_ddp.ema import Ema, decay_at
+from alexnet_ddp.ema import Ema, check_steps, decay_at
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
 from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, record_of, view_of
 from alexnet_ddp.metrics import Window
@@ -163,6 +163,7 @@ class Trainer:
         self.config, self.world, self.data, self.directory = config, world, data, directory
         self.watchdog, self.requests, self.order = watchdog, requests, data.order
         self.total_steps = config.epochs * self.order.steps_per_epoch
+        check_steps(config.ema, total_steps=self.total_steps)
         limit = recipes.parse_duration(config.deadline) if config.deadline else None
         self.deadline = deadline_from(limit=limit, started=started)
         pinned = on_rank_0(world, lambda: str(directory.known.get("decoder", "")) if directory else "")
@@ -213,12 +214,7 @@ class Trainer:
 
         lone = replica.warm_up(self.step, channels=config.model.in_channels, size=config.augment.size,
                                device=world.device)
-        if lone and config.data.assignment == "contiguous" and has_single_samples(config, self.order, world=world.size):
-            raise UserError(
-                f"{config.model.name} normalises over the samples of a forward, and at augment.size="
-                f"{config.augment.size} '{lone[0]}' sees one value of each: a forward of a single sample can't be "
-                f"normalised, and global_batch={config.global_batch} with micro_batch={config.micro_batch} on "
-                f"{world.size} ranks makes some. Use a larger augment.size, or another micro_batch or global_batch.")
+        everywhere(world, lambda: self._check_single_samples(lone))
         self.place = replica.put_back(self.start.state, world=world, step=self.step, window=self.window)
         self.start.state = None  # its memory
         self.saved_at = (self.place["step"], self.place["evaluated_step"]) if self.start.resumed_from else None
@@ -227,6 +223,17 @@ class Trainer:
         self._open_feeds()
         self._open_report()
         return True
+
+    def _check_single_samples(self, lone: list[str]) -> None:
+        """`lone`: batch norms that see one value of each sample. Raises UserError where they would see a single one."""
+        config, world = self.config, self.world
+        if lone and has_single_samples(config, self.order, rank=world.rank, world=world.size):
+            raise UserError(
+                f"{config.model.name} normalises over the samples of a forward, and at augment.size="
+                f"{config.augment.size} '{lone[0]}' sees one value of each: a forward of a single sample can't be "
+                f"normalised, and global_batch={config.global_batch} with micro_batch={config.micro_batch} and "
+                f"data.assignment={config.data.assignment} on {world.size} ranks makes some. Use a larger "
+                "augment.size, or another micro_batch or global_batch.")
 
     def _open_run(self, accept_changes: bool) -> Start:
         """Rank 0 chooses and loads; all learn how the attempt begins."""
@@ -452,7 +459,8 @@ class Trainer:
                              meet=lambda batch: self.damage.meet(batch, kind="evaluate", step=step))
         if found is None:
             return False
-        self.damage.share()
+        if too_many := self.damage.share_evaluation():
+            self._give_up_evaluation(too_many)
         best = self.place["best"]
         top1 = found[-1].top1  # where there is a mean of the weights, its own decides
         self.improved = best is None or top1 > best["top1"]
@@ -463,6 +471,18 @@ class Trainer:
                                     "seconds": time.perf_counter() - began})
         self.window_began += time.perf_counter() - began  # the window's rate is that of training
         return True
+
+    def _give_up_evaluation(self, why: str) -> None:
+        """Ends the job on all ranks, but for the evaluation nothing is lost: it is made again by the next attempt."""
+        if self.saved_at != (self.place["step"], self.place["evaluated_step"]):
+            self._save()
+
+        def leave() -> None:
+            assert self.report is not None
+            self.report.writer.wait()
+            raise UserError(why)
+
+        on_rank_0(self.world, leave)
 
     def _save_due(self) -> bool:
         """Before the first step, every so many steps and epochs, after a better evaluation, and when time is up."""

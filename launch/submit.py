@@ -29,7 +29,7 @@ from alexnet_ddp import seeds
 from alexnet_ddp.config import Config
 from alexnet_ddp.determinism import check_name
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
-from alexnet_ddp.runfiles import add_attempt
+from alexnet_ddp.runfiles import add_attempt, check_not_set_aside
 from alexnet_ddp.stop import STOP_FILE, lead_time
 from alexnet_ddp.words import answer
 from launch import durations, executors, plan, preflight, profiles, rundir, slurm, snapshot
@@ -92,6 +92,9 @@ def order(options: argparse.Namespace, *, command: str) -> Order:
     run_dirs = [snapshot.run_directory(config, cwd) for config in configs]
     facts, keep = rundir.look(run_dirs, configs, fresh=options.fresh, accept_changes=options.accept_changes,
                               dependency=options.dependency or "")
+    for one, run_dir in zip(configs, run_dirs, strict=True):
+        if options.fresh and one.init_from is not None:
+            check_not_set_aside(one.init_from, run_dir, name=one.name, cwd=cwd)
     site = Cluster()
     if cluster == "slurm":
         with ThreadPoolExecutor() as asking:  # at once: a busy slurmctld takes its time over each

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alexnet_ddp.amounts import counted
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.decoding import views
 from alexnet_ddp.data.decoding.views import ChooseView, View, Views
 from alexnet_ddp.data.index import Index, check_pair, open_index
+from alexnet_ddp.data.index.sources import listed
 from alexnet_ddp.data.loader import Work, micro_batches
 from alexnet_ddp.data.mixing import Mixing, draw_mixing, mixes, most_guests, with_guests
 from alexnet_ddp.data.order import Order
@@ -23,6 +25,7 @@ from alexnet_ddp.sections import AugmentSection
 
 I64 = NDArray[np.int64]
 
+NAMED = 3  # images that a message names
 AT_ONCE = 4096  # samples whose order and draws are computed together
 DRAWS_OF = {"random_resized": CROP_DRAWS, "random": 2, "center": 0, "squash": 0}  # by augment.crop
 
@@ -56,6 +59,11 @@ def open_data(config: Config) -> Data:
         raise UserError(f"model.num_classes must be the number of classes in data.train, got "
                         f"{config.model.num_classes} for {len(train.classes)} in {config.data.train}. "
                         f"Use model.num_classes={len(train.classes)}.")
+    for key, index in (("data.train", train), ("data.val", val)):
+        if index is not None and config.data.on_error == "fail" and len(index.empty):
+            named = listed([index.where(int(row)) for row in index.empty], most=NAMED)
+            raise UserError(f"{key}: {counted(len(index.empty), 'image')} of no bytes: {named}.\nMake the archive "
+                            "again without them, or leave damaged images out (data.on_error=skip).")
     samples, ids = len(train), None
     if config.data.limit is not None and config.data.limit < samples:
         samples = config.data.limit
@@ -182,11 +190,22 @@ def blocks(first: int, last: int, *, steps_per_epoch: int, of: int) -> Iterator[
         first = end
 
 
-def has_single_samples(config: Config, order: Order, *, world: int) -> bool:
-    """Whether some forward of a contiguously assigned run holds just one sample: pure."""
+def has_single_samples(config: Config, order: Order, *, rank: int, world: int) -> bool:
+    """Whether some forward of a run holds just one sample: pure. Of a contiguously assigned one the answer is for all
+    ranks; with owner assignment the parts differ from step to step, and all steps of this rank are looked at."""
+    if config.data.assignment == "owner":
+        steps = order.steps_per_epoch
+        return any(_has_single(np.diff(order.parts(range(epoch * steps, (epoch + 1) * steps), rank=rank, world=world,
+                                                   assignment="owner")[1]), config.micro_batch)
+                   for epoch in range(config.epochs))
     counts = {order.plan(step).count for step in (0, order.steps_per_epoch - 1)}
     parts = {part for count in counts for part in (count // world, -(-count // world))}
-    return any(part % config.micro_batch == 1 or (part > 0 and config.micro_batch == 1) for part in parts)
+    return _has_single(np.array([*parts]), config.micro_batch)
+
+
+def _has_single(parts: I64, micro_batch: int) -> bool:
+    """Whether some of a rank's parts of a step, in samples, are cut so that one is left alone."""
+    return bool(((parts > 0) & ((parts % micro_batch == 1) | (micro_batch == 1))).any())
 
 
 def largest_part(config: Config, *, world: int) -> int:

@@ -45,17 +45,17 @@ def freeze(net: nn.Module, names: Sequence[str]) -> Frozen:
     Raises UserError when a name is of nothing that learns, or when nothing is left to learn.
     """
     for name in names:
-        if not any(_within(parameter, name) for parameter, _ in net.named_parameters()):
+        if not any(within(parameter, name) for parameter, _ in net.named_parameters()):
             raise UserError(_unknown(net, name))
     parameters = {name: parameter for name, parameter in net.named_parameters()
-                  if any(_within(name, part) for part in names)}
+                  if any(within(name, part) for part in names)}
     if names and len(parameters) == len(list(net.parameters())):
         raise UserError(f"freeze={', '.join(names)} leaves nothing to learn. Leave out one of the net's parts: "
                         f"{', '.join(_parts(net)[:LISTED])}.")
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     norms = [(name, module) for name, module in net.named_modules()
-             if isinstance(module, nn.modules.batchnorm._BatchNorm) and any(_within(name, part) for part in names)]
+             if isinstance(module, nn.modules.batchnorm._BatchNorm) and any(within(name, part) for part in names)]
     for _, module in norms:
         module.eval()
     return Frozen(tuple(names), tuple(parameters), tuple(name for name, _ in norms),
@@ -63,7 +63,8 @@ def freeze(net: nn.Module, names: Sequence[str]) -> Frozen:
                   sum(parameter.numel() for parameter in net.parameters()))
 
 
-def _within(name: str, part: str) -> bool:
+def within(name: str, part: str) -> bool:
+    """Whether a tensor or module, by name, is a part of the net or lies in it."""
     return name == part or name.startswith(f"{part}.")
 
 

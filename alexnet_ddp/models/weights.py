@@ -19,6 +19,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import os
 import pickle
 import re
 import socket
@@ -92,6 +93,11 @@ def read_weights(spec: str) -> Weights:
     read = {"best": _read_best, "checkpoint": _read_checkpoint, "safetensors": _read_safetensors,
             "pickle": _read_pickle, "torchvision": _read_torchvision}[source.kind]
     weights = read(source)
+    for name, tensor in weights.tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.dtype not in files.DTYPES:
+            kind = "without values (meta)" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+            raise UserError(f"{weights.where} holds tensors that no net here can take: {name} ({kind}). Save them as "
+                            "dense float32, float16 or bfloat16.")
     try:
         store.refuse_non_finite({"weights": weights.tensors})
     except store.NotFinite as error:
@@ -108,17 +114,25 @@ def find(spec: str) -> Source:
         name = spec.removeprefix(zoo.TORCHVISION)
         _check_torchvision_name(name)
         return Source("torchvision", name=name)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _in_folder(path, which="")
-    if path.is_file():
-        return _file(path)
+    path = _path(spec)
     before, at, which = spec.rpartition("@")
-    if at and Path(before).expanduser().is_dir():
-        return _in_folder(Path(before).expanduser(), which=which)
+    try:
+        if path.is_dir():
+            return _in_folder(path, which="")
+        if path.is_file():
+            return _file(path)
+        if at and _path(before).is_dir():
+            return _in_folder(_path(before), which=which)
+    except OSError as error:  # a name that is too long, a file system that is away
+        raise UserError(f"'{spec}' can't be looked for: {error.strerror or error}. {FORMS}.") from None
     if spec in zoo.OURS:
         return Source("net", name=spec)
     raise UserError(f"There is no '{spec}'.{_nearby(path)} {FORMS}.")
+
+
+def _path(text: str) -> Path:
+    """With the home directory for ~; a user whom nobody knows is left to be not found."""
+    return Path(os.path.expanduser(text))
 
 
 def _in_folder(folder: Path, *, which: str) -> Source:
@@ -189,23 +203,24 @@ def _read_best(source: Source) -> Weights:
     try:
         record = json.loads(_bytes(run / BEST_RECORD))
         expected = files.Written(**record["file"])
+        step, top1, model = int(record["step"]), float(record["top1"]), str(record["model"])
     except (UserError, ValueError, KeyError, TypeError):
         raise UserError(f"{run / BEST_RECORD}, which holds the checksum of {BEST}, is missing or damaged. Let the run "
                         f"go on, or use its newest checkpoint: {run}@last.") from None
     told = _metadata(data)
     if files.Written(len(data), files.sha256(data)) != expected:
-        if told.get("step") not in (None, str(record.get("step"))):  # two files, and a kill came between them
-            raise UserError(f"{run / BEST} is of step {told['step']} and {BEST_RECORD} of step {record.get('step')}: a "
+        if told.get("step") not in (None, str(step)):  # two files, and a kill came between them
+            raise UserError(f"{run / BEST} is of step {told['step']} and {BEST_RECORD} of step {step}: a "
                             f"kill came between the two. Let the run go on, or use {run}@last.")
         raise UserError(f"{run / BEST} is damaged: it differs from its checksum in {BEST_RECORD}. Use the newest "
                         f"checkpoint, {run}@last, or bring back the file.")
-    facts = {"path": str((run / BEST).resolve()), "sha256": expected.sha256, "step": record["step"],
-             "top1": record["top1"], "model": record["model"]}
+    facts = {"path": str((run / BEST).resolve()), "sha256": expected.sha256, "step": step, "top1": top1,
+             "model": model}
     try:
         recipe = recipes.read_yaml(run / RECIPE)
     except UserError:
         recipe = None
-    where = f"{run} (best weights, step {record['step']}, {record['top1']:.2%} held-out top-1)"
+    where = f"{run} (best weights, step {step}, {top1:.2%} held-out top-1)"
     return Weights(safetensors.torch.load(data), where, facts, recipe)
 
 
@@ -241,7 +256,7 @@ def _read_pickle(source: Source) -> Weights:
         what = f"an object of {found[1]}" if found else "more than tensors and plain values"
         raise UserError(f"{source.path} holds {what}, which only running code from the file could bring back. Where it "
                         "was made, save the weights alone: torch.save(model.state_dict(), FILE).") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # broken bytes break torch's reader anywhere: AssertionError, struct.error, IndexError
         raise UserError(f"{source.path} is no whole file of torch.save: {_first_line(error)}.") from None
     tensors, model = _state_dict(content, source.path)
     return _from_file(source.path, data, _bare(tensors), model=model)
@@ -385,11 +400,25 @@ def put_into(net: nn.Module, weights: Weights, *, recipe: dict[str, Any] | None 
         raise UserError(f"The weights of {weights.where} don't fit this net:\n" + "".join(
             f"  {line}\n" for line in lines if line) + _way_out(weights.recipe, recipe))
     fresh = head if fresh else []  # a layer is fresh as a whole
+    for name, tensor in live.items():
+        if name not in fresh:
+            _check_numbers(name, there[name], tensor, where=weights.where)
     with torch.no_grad():
         for name, tensor in live.items():
             if name not in fresh:
                 tensor.copy_(there[name])
     return fresh
+
+
+def _check_numbers(name: str, theirs: Tensor, ours: Tensor, *, where: str) -> None:
+    """Raises UserError when a copy into a tensor of the net would lose more than precision."""
+    if ours.is_floating_point() and not theirs.is_floating_point():  # complex, quantized: their parts would be lost
+        raise UserError(f"The weights of {where} don't fit this net: {name} holds {theirs.dtype}, and the net's is "
+                        f"{ours.dtype}. Save them as real floating-point numbers.")
+    wider = ours.is_floating_point() and torch.finfo(theirs.dtype).max > torch.finfo(ours.dtype).max
+    if wider and theirs.numel() and not torch.isfinite((largest := theirs.abs().max()).to(ours.dtype)):
+        raise UserError(f"The weights of {where} don't fit this net: {name} holds numbers up to {largest.item():.3g}, "
+                        f"beyond what {ours.dtype} can hold. Take weights of an earlier step.")
 
 
 def last_layer(net: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ import bad_inputs
 import harness
 from alexnet_ddp.checkpoint import store
 from damaged import check_same, listed
-from twins import Run
+from twins import Run, resumed_at
 
 SAMPLES, HELD_OUT = 300, 70
 SPOILT, SPOILT_HELD_OUT = 3, 2  # 1 per cent of what is trained on
@@ -112,7 +112,26 @@ def test_too_many(recipe: Path, spoilt: dict[str, str]) -> None:
     assert result.codes == [2, 2], result.output
     last, = bad_inputs.messages(result.output)
     assert f"data.train: {SPOILT} of {SAMPLES} images are damaged" in last and "raise data.max_damaged" in last
-    told = result.output[result.output.index(last):]
-    assert sum(path in told for path in spoilt) == SPOILT
+    told = result.output[result.output.index("too many damaged images in data.train:\n"):].splitlines()
+    assert [line.startswith("  ") and line.partition(": ")[0].strip() in spoilt for line in told[1:1 + SPOILT]] == (
+        [True] * SPOILT)
     assert store.load(run.checkpoints[-1])[0].damaged <= 0.005 * SAMPLES
     run.go(*words).check()
+
+
+def test_too_many_held_out(recipe: Path, spoilt: dict[str, str]) -> None:
+    """More damaged held-out images than data.max_damaged allows end the run after a save, so that nothing trained is
+    lost; with a larger share the same command makes that evaluation again, and the list has each image once."""
+    run = Run(recipe, name="too_many_held_out", world=2)
+    words = ["epochs=1", "schedule.name=constant", "evaluate.epochs=1", "checkpoint.steps=null",
+             "checkpoint.epochs=null"]
+    result = run.go("data.max_damaged=0.02", *words)
+    assert result.codes == [2, 2], result.output
+    last, = bad_inputs.messages(result.output)
+    assert f"data.val: {SPOILT_HELD_OUT} of {HELD_OUT} images are damaged" in last and "raise data.max_damaged" in last
+    assert "too many damaged images in data.val:\n  " in result.output
+    assert run.checkpoints[-1].name == "step_00000006" and run.state["status"] == "failed"
+    again = run.go(*words)
+    again.check()
+    assert resumed_at(again.output) == 6 and run.state["best"]["step"] == 6
+    assert len(listed(run)) == SPOILT + SPOILT_HELD_OUT

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import photographs
-from alexnet_ddp.data.index import check_pair, open_index
+from alexnet_ddp.data.index import check_pair, open_index, summary
 from alexnet_ddp.errors import UserError
 from stores import KIT, devkit, make_devkit, make_folder, make_tar, nested, settle, tar_bytes
 
@@ -115,10 +115,12 @@ def test_damage_in_an_inner_tar_is_told_with_the_outer_offset(tmp_path: Path) ->
         assert f"{tar}: {message}" in refusal(tar)
 
 
-def test_links_and_empty_images_in_inner_tars_are_named(tmp_path: Path) -> None:
-    """What holds no bytes in an inner tar is refused with both names."""
+def test_images_of_no_bytes_are_samples(tmp_path: Path) -> None:
+    """What holds no bytes, also in an inner tar, is a sample as in a folder, read as nothing, and known at once."""
     tar = make_tar(tmp_path / "a.tar", nested({"n01/1.JPEG": b"", "n01/2.JPEG": b"x"}))
-    assert f"1 image files hold no bytes: {tar}: n01.tar: n01/1.JPEG" in refusal(tar)
+    with open_index(str(tar), cache_dir=tmp_path / "cache") as index:
+        assert [index.read(sample) for sample in range(len(index))] == [b"", b"x"] and index.empty.tolist() == [0]
+        assert "1 image of no bytes" in summary(index) and "n01.tar/1.JPEG" in summary(index)
 
 
 def test_class_tars_without_images_are_named(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def test_picture_in_a_file(recipe: Path, suffix: str, capsys: pytest.CaptureFixt
     (["--out", "x.svg"], "go with --print-schedule"),
     (["--samples", "5"], "go with --print-schedule"),
     (["--print-schedule", "--samples", "0"], "above 0, got 0"),
+    (["--print-schedule", "--samples", "1e12"], "invalid int value: '1e12'"),
+    (["--print-schedule", "--samples", "1000000000000"], "at most 20,000,000, got "),
     (["--print-schedule", "--samples", "5", "--out", "x.gif"], "ends in .png or .svg, got 'x.gif'"),
     (["--print-schedule", "--samples", "5", "--out", "no/where/x.svg"], "can't be written: No such file"),
     (["--print-schedule"], "--samples 1281167"),  # the folder isn't there

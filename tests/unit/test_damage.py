@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import harness
-from alexnet_ddp.damage import DamagedFile, Met, left_out, made
+from alexnet_ddp.damage import DamagedFile, Kind, Met, left_out, made
 from alexnet_ddp.data.decoding.decode import DamagedImage, create_decoder
 from alexnet_ddp.data.decoding.stages import Stage
 from alexnet_ddp.data.decoding.views import View
@@ -183,20 +183,42 @@ def test_each_image_is_listed_once_and_cut_back(tmp_path: Path) -> None:
     """Met again, and by several ranks, an image has one line, with its first step; a resume keeps what was seen."""
     path = tmp_path / "damaged.jsonl"
     with open_index(str(harness.make_images(tmp_path / "train", samples=6)), cache_dir=tmp_path / "cache") as index:
-        indexes = {"train": index, "evaluate": index}
-        file = DamagedFile(path, step=0, evaluated_step=0)
+        indexes: dict[Kind, Index] = {"train": index, "evaluate": index}
+        file = DamagedFile(path, step=0, evaluated_step=0, indexes=indexes)
         met = [Met("train", 5, 9, "cut"), Met("train", 2, 3, "zeros"), Met("train", 5, 4, "cut"),
                Met("evaluate", 5, 5, "cut")]
-        new = file.add(met, indexes=indexes, attempt=1)  # type: ignore[arg-type]
+        new = file.add(met, attempt=1)
         assert [(one["kind"], one["sample"], one["step"]) for one in new] == [
             ("train", 2, 3), ("train", 5, 4), ("evaluate", 5, 5)]
         assert new[0]["file"] == index.where(2) and new[0]["offset"] is None and new[0]["name"] == index.name(2)
-        assert file.add(met, indexes=indexes, attempt=1) == []  # type: ignore[arg-type]
+        assert file.add(met, attempt=1) == []
         assert [json.loads(line) for line in path.read_text().splitlines()] == new
     for step, evaluated, kept in ((5, 5, 3), (4, 0, 2), (3, 0, 1), (2, 0, 0)):
         path.write_text("".join(json.dumps(one) + "\n" for one in new))
-        file = DamagedFile(path, step=step, evaluated_step=evaluated)
+        file = DamagedFile(path, step=step, evaluated_step=evaluated, indexes=indexes)
         assert file.count("train") + file.count("evaluate") == kept == len(path.read_text().splitlines())
+
+
+def test_lines_of_other_data_and_of_no_ones_go(tmp_path: Path) -> None:
+    """Another data.val inherits no damage of the one before, whose lines go, also those of a version that wrote no
+    identity; lines by other hands, with fields missing or of another kind, are no traceback."""
+    path = tmp_path / "damaged.jsonl"
+    with (open_index(str(harness.make_images(tmp_path / "a", samples=6)), cache_dir=tmp_path / "cache") as old,
+          open_index(str(harness.make_images(tmp_path / "b", samples=9)), cache_dir=tmp_path / "cache") as new):
+        file = DamagedFile(path, step=0, evaluated_step=0, indexes={"train": old, "evaluate": old})
+        held_out, whole = file.add([Met("train", 5, 2, "cut"), Met("evaluate", 5, 2, "cut")], attempt=1)
+        assert old.name(5) != new.name(5) and old.name(0) == new.name(0)
+        unsigned = [{name: value for name, value in {**held_out, "sample": sample, "name": old.name(sample)}.items()
+                     if name != "identity"} for sample in (0, 5)]
+        odd: list[object] = [{**whole, "step": "2"}, {**whole, "step": None}, {**whole, "sample": [5]}, [2], "x",
+                             {"kind": "train", "step": 2, "sample": 1}, {**whole, "kind": ["train"]},
+                             {**whole, "kind": "other"}, {**whole, "sample": 4, "reason": 7}]
+        path.write_text("".join(json.dumps(line) + "\n" for line in [whole, held_out, *odd, *unsigned]))
+        for indexes, kept in (({"train": old}, [0, 5, 5]), ({"train": old, "evaluate": new}, [0])):
+            file = DamagedFile(path, step=2, evaluated_step=2, indexes=cast(dict[Kind, Index], indexes))
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            assert sorted(line["sample"] for line in lines if line["kind"] == "evaluate") == kept
+            assert file.count("train") == 1 and "cut" in file.named("train")
 
 
 # --- reads that fail --------------------------------------------------------------------------------------------

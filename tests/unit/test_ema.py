@@ -5,7 +5,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from alexnet_ddp.distributed import World
-from alexnet_ddp.ema import decay_at
+from alexnet_ddp.ema import check_steps, decay_at
+from alexnet_ddp.errors import UserError
 from alexnet_ddp.sections import EmaSection
 from steps import INF, batch, differs, equal, make_step, spoilt, state, take
 
@@ -52,3 +53,13 @@ def test_a_skipped_update_does_not_move_the_mean(world: World, amp: str) -> None
         take(each, batch(2), ema_decay=0.9)
     assert not any(torch.equal(state(step)[name], before[name]) for name in before if name.startswith("mean of"))
     assert equal(state(step), state(never))
+
+
+def test_a_mean_that_would_never_move_is_refused() -> None:
+    """ema.steps beyond the run would publish the weights that it begins with; as many steps as the run has is one
+    update, and without a mean the field says nothing."""
+    with pytest.raises(UserError, match="ema.steps must be at most the steps of the run, got 11 for 10"):
+        check_steps(EmaSection(decay=0.9, steps=11), total_steps=10)
+    check_steps(EmaSection(decay=0.9, steps=10), total_steps=10)
+    assert decay_at(9, EmaSection(decay=0.9, steps=10)) is not None
+    check_steps(EmaSection(steps=11), total_steps=10)

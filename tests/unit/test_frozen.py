@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from alexnet_ddp.distributed import World
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.models import create_model
 from alexnet_ddp.models.frozen import Frozen, freeze
+from alexnet_ddp.models.weights import Weights
+from alexnet_ddp.replica import begin_with
 
 
 def tiny() -> nn.Module:
@@ -82,3 +85,17 @@ def test_notes() -> None:
     found = Frozen(("features",), ("features.0.weight",), ("features.1",), 1200, 3400)
     assert found.notes(fresh=False) == ["frozen: features (1,200 of 3,400 parameters, 1 batch norm)"]
     assert "freeze without init_from" in found.notes(fresh=True)[1]
+
+
+def test_a_fresh_last_layer_must_learn(world: World) -> None:
+    """Weights of another number of classes with the last layer frozen, which then would stay random: refused; not with
+    the same number, and not where only parts before it are frozen."""
+    def net(classes: int) -> nn.Module:
+        return create_model("alexnet_single", num_classes=classes, width=0.05, image_size=64)
+
+    source = Weights(net(3).state_dict(), "x")
+    for frozen in (["classifier"], ["features", "classifier.6.weight"]):
+        with pytest.raises(UserError, match=r"would keep classifier.6.weight at the random numbers"):
+            begin_with(source, world=world, net=net(4), recipe={"freeze": frozen})
+        begin_with(source, world=world, net=net(3), recipe={"freeze": frozen})
+    begin_with(source, world=world, net=net(4), recipe={"freeze": ["features"]})

@@ -229,7 +229,7 @@ def test_the_living_are_left_alone(tmp_path: Path, scanned: list[str]) -> None:
 
 def test_a_part_is_what_it_was(tmp_path: Path) -> None:
     """Everything of a part survives the journal: odd bytes in names, labels by number and name, notes."""
-    part = Part(stamps=[Stamp("/x\udcff", 3, 4)], known=[None, 7, b"\xff name"], empty_images=["a: b"],
+    part = Part(stamps=[Stamp("/x\udcff", 3, 4)], known=[None, 7, b"\xff name"],
                 elsewhere={b"\xfe"}, inner={b"n01"})
     part.listing.add(b"\xff/d/1.jpg", container=3, offset=2**40, size=9)
     part.listing.add(b"2.JPEG", container=4, offset=5, size=6)

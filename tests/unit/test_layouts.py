@@ -6,10 +6,13 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from alexnet_ddp import config as recipes
 from alexnet_ddp.data.index import Index, open_index, summary
+from alexnet_ddp.data.training import open_data
 from alexnet_ddp.errors import UserError
 from stores import make_tar, tar_bytes
 
@@ -244,9 +247,16 @@ def test_samples_that_share_a_name_are_both_named() -> None:
     assert "0.tar: a/1.jpg at offset 512" in message and "1.tar: a/1.jpg at offset 512" in message
 
 
-def test_empty_images_in_tars_are_named() -> None:
-    """Image files of zero bytes are refused while scanning, where sizes cost nothing."""
-    assert "1 image files hold no bytes: " in refusal(tar("x.tar", "a/1.jpg", "a/2.jpg", **{"a/2_jpg": b""}))
+def test_empty_images_in_tars_are_for_the_policy_to_judge() -> None:
+    """Image files of zero bytes in a tar are refused, named, before a run under data.on_error=fail, where sizes cost
+    nothing; under skip they are samples, as in a folder."""
+    place = tar("x.tar", "a/1.jpg", "a/2.jpg", "b/1.jpg", **{"a/2_jpg": b""})
+    tree: dict[str, Any] = {"model": {"num_classes": 2}, "data": {"train": place}}
+    with pytest.raises(UserError, match=r"data.train: 1 image of no bytes: .*a/2.jpg.*\n.*data.on_error=skip"):
+        open_data(recipes.build(tree))
+    data = open_data(recipes.build(recipes.apply_overrides(tree, ["data.on_error=skip"])))
+    assert names(data.train) == ["a/1", "a/2", "b/1"]
+    data.close()
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])

@@ -383,15 +383,20 @@ def test_training_works_make_up_each_batch() -> None:
 def test_forwards_of_a_single_sample_are_foreseen() -> None:
     """For any number of ranks and any micro-batch: foreseen exactly where the works of a run have one."""
     seen = set()
-    for samples, micro_batch, world in itertools.product((20, 23, 27), (1, 2, 3, 4, 10), (1, 2, 3, 4, 12)):
-        config = build({"data": {"train": "/x"}, "global_batch": 10, "micro_batch": micro_batch, "epochs": 1})
+    for assignment, samples, micro_batch, world in itertools.product(
+            ("contiguous", "owner"), (20, 23, 27), (1, 2, 3, 4, 10), (1, 2, 3, 4, 12)):
+        if assignment == "owner" and 4 % world:
+            continue  # refused
+        config = build({"data": {"train": "/x", "assignment": assignment}, "global_batch": 10,
+                        "micro_batch": micro_batch, "epochs": 2})
         order = Order(samples, global_batch=10, seed=4, shards=4, identity="ab" * 32)
         data = Data(cast(Index, Samples(samples)), None, order)
         single = any(len(work.samples) == 1 for rank in range(world)
                      for work in training_works(config, data, first_step=0, rank=rank, world=world))
-        assert has_single_samples(config, order, world=world) == single, (samples, micro_batch, world)
-        seen.add(single)
-    assert seen == {True, False}
+        assert any(has_single_samples(config, order, rank=rank, world=world) for rank in range(world)) == single, (
+            assignment, samples, micro_batch, world)
+        seen.add((assignment, single))
+    assert len(seen) == 4
 
 
 def test_decode_threads_use_one_core_each() -> None:

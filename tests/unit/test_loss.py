@@ -27,16 +27,19 @@ def test_blended_labels_are_the_soft_labels_formula(smoothing: float) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_a_sample_that_does_not_count_moves_no_weight() -> None:
+@pytest.mark.parametrize("bad", [torch.tensor([torch.inf, 0, -torch.inf, 0, 0]), torch.full((5,), torch.nan)])
+def test_a_sample_that_does_not_count_moves_no_weight(bad: torch.Tensor) -> None:
     """A weight of zero takes a sample's loss and gradient away, also where its loss is not finite."""
     logits, labels, _, _ = samples()
-    logits[2] = torch.tensor([torch.inf, 0, 0, 0, 0], dtype=torch.float64)
-    logits[2, labels[2]] = -torch.inf
+    logits[2] = bad
     logits.requires_grad_()
     weights = torch.ones(N)
     weights[2] = 0
     losses = sample_losses(logits, Targets(labels, weights=weights), smoothing=0.0)
     assert losses[2] == 0
+    losses.sum().backward()
+    assert logits.grad is not None and not logits.grad[2].any() and torch.isfinite(logits.grad).all()
+    assert logits.grad[torch.arange(N) != 2].abs().sum(1).all()
     keep = torch.arange(N) != 2
     torch.testing.assert_close(losses[keep], sample_losses(logits[keep], Targets(labels[keep]), smoothing=0.0))
     assert torch.isfinite(losses).all()

@@ -19,9 +19,11 @@ from alexnet_ddp.run import (
     check_recipe,
     git_state,
     lineage_of,
+    read_start,
+    why_best_anew,
     write_refused,
 )
-from alexnet_ddp.runfiles import job_of, read_state
+from alexnet_ddp.runfiles import check_not_set_aside, job_of, read_state
 from alexnet_ddp.watchdog import Failure
 
 ORDER = Order(1000, global_batch=10, seed=0, shards=4, identity="ab" * 32)  # 100 steps an epoch
@@ -273,3 +275,33 @@ def test_fresh_keeps_the_old_run(tmp_path: Path) -> None:
     directory = RunDirectory(config, fresh=False)
     directory.close()
     assert (config.run_dir / "mark").read_text() == "2"
+
+
+def test_the_best_begins_anew_where_another_accuracy_decides() -> None:
+    """Other held-out samples, a running mean switched on or off: the old best is no measure any more; a recipe from
+    before there were means counts as one without."""
+    val = {"train": "a", "val": "b"}
+    for before, now, anew in ((None, None, False), (None, 0.9, True), (0.9, 0.99, False), (0.9, None, True)):
+        config = recipe(**({} if now is None else {"ema__decay": now}))
+        old = recipe(**({} if before is None else {"ema__decay": before}))
+        assert bool(why_best_anew({**lineage(old), "identities": val}, config, val)) == anew, (before, now)
+    ancient = lineage(recipe())
+    del ancient["recipe"]["ema"]
+    assert not why_best_anew({**ancient, "identities": val}, recipe(), val)
+    assert "data.val" in why_best_anew({**ancient, "identities": val}, recipe(), {**val, "val": "c"})
+
+
+@pytest.mark.parametrize("spelling", ["@last", "", "/checkpoints/step_00000003/model.safetensors", "@step_3"])
+def test_fresh_never_takes_away_what_a_run_begins_with(tmp_path: Path, spelling: str) -> None:
+    """init_from in the very directory that --fresh would rename is refused, whatever its spelling; one beside it, and
+    torchvision's, are not."""
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match="lies in .* --fresh sets aside.*name=x_2"):
+        check_not_set_aside(f"{tmp_path}/x{spelling}", tmp_path / "x", name="x")
+    with pytest.raises(UserError, match="--fresh"):
+        check_not_set_aside(f"x{spelling}", tmp_path / "x", name="x", cwd=tmp_path)
+    config = recipe(runs=str(tmp_path), name="x", init_from=f"{tmp_path}/x{spelling}")
+    with pytest.raises(UserError, match="--fresh sets aside"):
+        read_start(config, fresh=True)
+    for other in (f"{tmp_path}/x_old{spelling}", "torchvision:alexnet"):
+        check_not_set_aside(other, tmp_path / "x", name="x", cwd=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+import harness
 from alexnet_ddp import cli, results, seeds
 from alexnet_ddp import config as recipes
+from alexnet_ddp.data.index import open_index
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.runfiles import replace_state
 
@@ -179,3 +182,81 @@ def test_no_torch() -> None:
     script = "import sys, alexnet_ddp.seeds, alexnet_ddp.results; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
+
+
+# --- what lies there by other hands, and other data -------------------------------------------------------------
+
+
+def signed(run: Path, **identities: str) -> Path:
+    """A checkpoint's manifest that says which data the run had."""
+    folder = run / "checkpoints" / "step_00000010"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"lineage": {"identities": identities}}))
+    return run
+
+
+def test_runs_of_other_data_are_not_passed_over(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run that was trained on other samples than data.train holds now is started (and says why it can't go
+    on); one evaluated on others is passed over with a remark; data that are away are no reason to start it."""
+    monkeypatch.setenv("ALEXNET_DDP_CACHE", str(tmp_path / "cache"))
+    words = [f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}"]
+    config = three(recipe, *words)[0]
+    made(config, [0.5])
+    with open_index(str(harness.make_images(tmp_path / "train", samples=6))) as index:
+        signed(config.run_dir, train=index.identity, val="ab" * 32)
+    assert seeds.is_finished(config)
+    harness.make_images(tmp_path / "val", samples=3)
+    assert "is of other held-out samples" in seeds._others_held_out(config)
+    harness.make_images(tmp_path / "more", samples=9)
+    assert not seeds.is_finished(three(recipe, f"data.train={tmp_path / 'more'}")[0])
+    assert seeds.is_finished(three(recipe, f"data.train={tmp_path / 'away'}")[0])
+
+
+def test_other_data_have_no_common_mean(recipe: str) -> None:
+    """Runs evaluated on other samples are groups of their own, told by the data's fingerprint; a run that doesn't know
+    its data yet is shown with the first of its recipe."""
+    first, second, third = three(recipe)
+    runs = [made(first, [], status="new"), signed(made(second, [0.5]), train="a" * 64, val="b" * 64),
+            signed(made(third, [0.7]), train="a" * 64, val="c" * 64)]
+    groups = results.group([results.read(run) for run in runs])
+    assert [[run.seed for run in one.runs] for one in groups] == [[0, 3], [7]]
+    assert [one.best["top1"].mean for one in groups] == [0.5, 0.7]
+    assert [one.differs for one in groups] == [{"identity of data.val": "b" * 12}, {"identity of data.val": "c" * 12}]
+
+
+def test_a_report_over_odd_runs(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that hasn't begun, recipes that are none and evaluations without an accuracy are told and left out, and the
+    rest is reported; a pattern is no name."""
+    for number, config in enumerate(seeds.configs(recipe, [], [0, 1, 2, 3])):
+        made(config, [0.5])
+        if number:
+            (config.run_dir / "config.yaml").write_text(["", "epochs: many", "model: 5", "model: null"][number])
+    (tmp_path / "runs" / "small-seed4").mkdir()
+    with (tmp_path / "runs" / "small-seed0" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "evaluate", "step": 30}\n{"kind": "evaluate", "step": 40, "top1": null}\n')
+    assert cli.main(["report", "small", "--runs", str(tmp_path / "runs")]) == 0
+    told = capsys.readouterr()
+    assert "small-seed0" in told.out and "50.00" in told.out
+    assert [f"left out of the report: {tmp_path}/runs/small-seed{number}/config.yaml is no recipe" in told.err
+            for number in (1, 2, 3)] == [True] * 3
+    assert "No recipe of the run" in told.err
+    assert cli.main(["report", "small-seed1", "--runs", str(tmp_path / "runs")]) == 2
+    for name in ("**", "*", "[", "small*"):
+        assert cli.main(["report", name, "--runs", str(tmp_path / "runs")]) == 2
+        assert f"There is no run '{name}'" in capsys.readouterr().err
+
+
+def test_a_report_in_ascii(recipe: str, tmp_path: Path) -> None:
+    """Where the output has no ± it is written +/-, and nothing breaks."""
+    runs = [made(config, [0.5 + config.seed / 100]) for config in three(recipe)]
+    done = subprocess.run([sys.executable, "-m", "alexnet_ddp", "report", *map(str, runs)], capture_output=True,
+                          timeout=60, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"53.33 +/- 3.51" in done.stdout
+
+
+def test_a_fresh_start_is_gone_on_with_without_the_flag(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said when a sequence is stopped is true: with --fresh the same command would start over."""
+    for flags, said in ((["--fresh"], "the same command without --fresh goes on"), ([], "the same command goes on")):
+        assert seeds._stopped(seeds.Queue(), three(recipe), 2, flags=flags) == 75
+        assert f"stopped at run 2 of 3; {said} from there" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bad_inputs
 import harness
 from alexnet_ddp import cli
 from alexnet_ddp import config as recipes
@@ -170,3 +171,19 @@ def test_mistakes(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[st
         assert cli.main(["data", "show", *words]) == EXIT_USER
         assert said in capsys.readouterr().err
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_damaged_images_are_shown_as_such(tmp_path: Path, source: Path) -> None:
+    """Under data.on_error=skip a damaged image is the mean image on the sheet, with what is wrong with it, and nothing
+    is said to be blended with it; its neighbours are as ever."""
+    bad_inputs.damage(source, samples=5)
+    recipe = harness.tiny_recipe(tmp_path, train=source, data__on_error="skip", augment__mixup=0.4)
+    seen = shown(recipe, epoch=0, count=23)
+    bad = {one.sample for one in seen if any("damaged" in word for word in one.draws)}
+    assert len(bad) >= 4  # garbage in the lower part may lie below a view
+    grey = np.round(255 * np.asarray(recipes.load(recipe).augment.mean)).astype(int)
+    for one in seen:
+        assert (one.sample in bad) == bool((np.abs(one.seen.astype(int) - grey) <= 1).all())
+        assert not any(f"of id {sample} (" in word for word in one.draws for sample in bad)
+    out = tmp_path / "sheet.png"
+    assert cli.main(["data", "show", str(recipe), "--count", "23", "--stages", "--out", str(out)]) == EXIT_FINISHED

@@ -527,6 +527,9 @@ def test_fresh(fake_slurm: Slurm, recipe: str, run_dir: Path, said: Said) -> Non
     assert sorted(path.name for path in run_dir.iterdir()) == ["attempts.jsonl", "slurm", "snapshots"]
     assert "--fresh" not in fake_slurm.script
     said(recipe, "name=new", "--fresh")  # there is nothing to put aside
+    for source in (f"{run_dir}@last", f"{run_dir}/best.safetensors"):  # the job would look for it in vain
+        assert "--fresh sets aside" in refusal(said, recipe, "--fresh", f"init_from={source}")
+    assert run_dir.is_dir()
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Trained weights: every spelling of where they lie, what is verified, what is refused and with which way out."""
 
 import argparse
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -213,6 +215,53 @@ def test_torn_files(tmp_path: Path, name: str) -> None:
         assert f"{path} " in refused(path)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor:UserWarning")
+@pytest.mark.parametrize(("tensor", "said"), [
+    (torch.ones(3).to(torch.float8_e4m3fn), "w (torch.float8_e4m3fn"), (torch.ones(3).to_sparse(), "torch.sparse_coo"),
+    (torch.ones(3, device="meta"), "w (without values (meta))"),
+])
+def test_tensors_that_no_net_can_take(tmp_path: Path, tensor: Tensor, said: str) -> None:
+    """float8, sparse and meta tensors are named and refused."""
+    torch.save({"w": tensor}, tmp_path / "a.pth")
+    assert said in refused(tmp_path / "a.pth")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")  # of what the broken bytes seem to be
+def test_bytes_of_every_kind(tmp_path: Path) -> None:
+    """Files of torch.save, both formats, with bytes turned at random places, and pickles of odd ends: one message, or
+    whole weights; never an error of another kind."""
+    random = np.random.default_rng(0)
+    for zipped in (True, False):
+        torch.save({"w": torch.ones(40), "n": 3}, tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
+        whole = (tmp_path / "whole.pth").read_bytes()
+        for _ in range(150):
+            data = bytearray(whole)
+            for place in random.integers(0, len(data), 3):
+                data[place] = random.integers(0, 256)
+            (tmp_path / "a.pth").write_bytes(bytes(data))
+            with contextlib.suppress(UserError):
+                read_weights(str(tmp_path / "a.pth"))
+    for data in (b"\x80\x02.", b"\x80\x02K", b"\x80\x02h\x05.", b"\x80\x02X\x01", b"(lp0\n.", b"\x80\x02}(Jx"):
+        (tmp_path / "a.pth").write_bytes(data)
+        assert "a.pth " in refused(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("spec", ["~nosuchuser/x", "x" * 300, "x" * 300 + "@last", "/".join(["x" * 200] * 30) + ".pth"])
+def test_names_that_no_file_can_have(spec: str) -> None:
+    """Homes of nobody and names that are too long are not found, in words."""
+    assert "There is no" in (said := refused(spec)) or "File name too long" in said
+
+
+@pytest.mark.parametrize("lost", ["top1", "step", "model"])
+def test_a_record_of_the_best_with_a_field_lost(run: Path, lost: str) -> None:
+    """best.json without what a lineage must tell is a damaged one."""
+    record = json.loads((run / "best.json").read_text())
+    for content in ({name: value for name, value in record.items() if name != lost}, {**record, lost: None}):
+        (run / "best.json").write_text(json.dumps(content))
+        if lost != "model" or lost not in content:
+            assert "is missing or damaged" in refused(run)
+
+
 # --- torchvision ------------------------------------------------------------------------------------------------
 
 
@@ -312,3 +361,21 @@ def test_what_does_not_fit_is_listed(run: Path) -> None:
     headless = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("classifier.6")}
     with pytest.raises(UserError, match="not there: classifier.6.bias, classifier.6.weight\n"):
         put_into(tiny(), Weights(headless, "x"))
+
+
+@pytest.mark.parametrize(("theirs", "said"), [
+    (torch.full((3,), 1e300, dtype=torch.float64), "numbers up to 1e+300, beyond what torch.float32 can hold"),
+    (torch.ones(3, dtype=torch.complex64), "classifier.6.bias holds torch.complex64"),
+    (torch.ones(3, dtype=torch.int8), "classifier.6.bias holds torch.int8"),
+])
+def test_numbers_that_a_copy_would_lose(theirs: Tensor, said: str) -> None:
+    """float64 beyond float32, complex and whole numbers are refused rather than copied as inf, real parts or codes;
+    float64 that fits is taken."""
+    net, source = tiny(), {name: tensor.double() for name, tensor in tiny().state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        put_into(net, Weights({**source, "classifier.6.bias": theirs}, "x"))
+    assert said in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert put_into(net, Weights(source, "x")) == []
+    assert torch.equal(net.state_dict()["classifier.6.weight"].double(), source["classifier.6.weight"])

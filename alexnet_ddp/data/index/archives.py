@@ -131,9 +131,7 @@ class _Tar:
                     f"{where}: {text(path)} is stored as a link or a sparse file, not as bytes.\n"
                     f"Make the tar again with --dereference --hard-dereference, without --sparse."
                 )
-            if member.size == 0:
-                part.empty_images.append(f"{where}: {text(path)}")
-            elif self._raw is None:
+            if self._raw is None:  # one of no bytes is a sample too, a damaged one
                 listing.add(path, container=self._number, offset=offset, size=member.size)
             elif problem := self._raw.problem(peek[:NPY_HEADER], member.size):
                 raise UserError(f"{where}: {text(path)} at offset {offset} {problem}. Pack again.")

@@ -94,6 +94,11 @@ class Index:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def empty(self) -> npt.NDArray[np.int64]:
+        """Samples whose files in a tar hold no bytes, as its headers tell; of a folder's files nothing is known."""
+        return np.flatnonzero((self.table.sizes == 0) & (self.table.offsets != IN_A_FILE))
+
     def name(self, sample: int) -> str:
         """`class/stem`, without extension: the same wherever the sample is stored."""
         return f"{self.classes[self.labels[sample]]}/{text(self.table.stem(sample))}"
@@ -176,6 +181,7 @@ def summary(index: Index) -> str:
     """What `data index` prints: a few lines on the samples, where they lie and how they are known."""
     counts = np.bincount(index.labels, minlength=len(index.classes))
     small, large = int(counts.argmin()), int(counts.argmax())
+    empty = [index.where(int(row)) for row in index.empty]
     stored, shards = index.table.sizes.sum(dtype=np.int64), len(index.source.paths)
     lines = [
         (
@@ -199,6 +205,7 @@ def summary(index: Index) -> str:
         ("storage", index.storage),
         ("memory", f"{index.table.nbytes:,} bytes"),
         ("cache", index.cache),
+        *([("note", f"{counted(len(empty), 'image')} of no bytes: {listed(empty, most=3)}")] if empty else []),
         *(("note", note) for note in index.notes),
     ]
     return "\n".join(f"{name:<10}{value}" for name, value in lines)

@@ -26,7 +26,6 @@ class Part:
     values: array[int] = field(default_factory=lambda: array("i"))  # [rows] the label file's value: place in known
     known: list[Value] = field(default_factory=list)
     label_files: Counter[str] = field(default_factory=Counter)  # by extension
-    empty_images: list[str] = field(default_factory=list)  # image files without bytes, as messages name them
     elsewhere: set[bytes] = field(default_factory=set)  # directories of images not below source.inside
     inner: set[bytes] = field(default_factory=set)  # inner tars, without their extension
 
@@ -45,7 +44,6 @@ class Part:
             "stamps": self.stamps,
             "known": [_plain([value]) if isinstance(value, bytes) else value for value in self.known],
             "label_files": self.label_files,
-            "empty": self.empty_images,
             "elsewhere": _plain(sorted(self.elsewhere)),
             "inner": _plain(sorted(self.inner)),
         }
@@ -56,6 +54,8 @@ class Part:
         """Raises ValueError, KeyError or TypeError for what `encode` didn't write."""
         line, _, body = data.partition(b"\n")
         head: dict[str, Any] = json.loads(line)
+        if head.get("empty"):
+            raise ValueError("written by a version that counted files of no bytes as no samples")
         pieces, start = [], 0
         for length in head["lengths"]:
             pieces.append(body[start : start + length])
@@ -81,7 +81,6 @@ class Part:
             values=values,
             known=[_raw(value)[0] if isinstance(value, list) else value for value in head["known"]],
             label_files=Counter(head["label_files"]),
-            empty_images=head["empty"],
             elsewhere=set(_raw(head["elsewhere"])),
             inner=set(_raw(head["inner"])),
         )
@@ -96,7 +95,6 @@ def together(parts: Sequence[Part]) -> Part:
         places = [numbers.setdefault(value, len(numbers)) for value in part.known]
         whole.values.extend(places[value] for value in part.values)
         whole.label_files.update(part.label_files)
-        whole.empty_images += part.empty_images
         whole.elsewhere |= part.elsewhere
         whole.inner |= part.inner
     whole.known = list(numbers)

@@ -21,9 +21,6 @@ Scan = tuple[Table, list[Stamp], list[str]]  # table, stamps, notes
 def finish(whole: Part, stamps: Sequence[Stamp], source: Source) -> Scan:
     """The table of all that was found. UserError says what is wrong with the layout."""
     listing = whole.listing
-    if whole.empty_images:
-        raise UserError(f"{len(whole.empty_images)} image files hold no bytes: {listed(whole.empty_images, most=3)}.\n"
-                        f"Make the archive again without them.")
     if not len(listing):
         raise _not_inside(whole, source)
     if source.pack is not None:

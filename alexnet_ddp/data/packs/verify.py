@@ -162,6 +162,7 @@ def _check_index(folder: Path, content: dict[str, Any], index: Index, report: Re
 def _check_empty(index: Index, report: Report, *, threads: int) -> None:
     """Files of no bytes, without reading any."""
     table, root = index.table, index.source.paths[0]
+    report.problems += [Finding(index.where(row), "no bytes", row) for row in index.empty.tolist()]
     rows = np.flatnonzero(table.offsets == IN_A_FILE)
     cuts = [rows[first:first + 256].tolist() for first in range(0, len(rows), 256)]
     for sizes, cut in zip(in_order(lambda cut: [form.source_size(table, row, root) for row in cut], cuts,

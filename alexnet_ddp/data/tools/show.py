@@ -20,13 +20,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
+from alexnet_ddp.damage import made
 from alexnet_ddp.data.augment import GREY, Augment
 from alexnet_ddp.data.decoding.decode import create_decoder, open_upright
 from alexnet_ddp.data.decoding.stages import CHANNELS
 from alexnet_ddp.data.feed import Feed
 from alexnet_ddp.data.index import open_index
-from alexnet_ddp.data.loader import Work
-from alexnet_ddp.data.mixing import mix
+from alexnet_ddp.data.loader import Batch, Work
 from alexnet_ddp.data.packs.parallel import cores_here
 from alexnet_ddp.data.policy import NAMES, Policy
 from alexnet_ddp.data.records import StoredRecords
@@ -147,18 +147,25 @@ def _see(config: Config, data: Data, works: Iterator[Work]) -> Iterator[Shown]:
             work, sample = batch.work, int(batch.work.samples[0])
             view = batch.views[0].tolist()
             images, labels = feed.transfer(batch)
-            mixed, _ = mix(augment(images, work.draws), labels, work.mixing)
+            mixed, _ = made(batch, augment(images, work.draws), labels)
             seen = unnormalise(mixed, section, channels=channels)
+            name, epoch = data.train.name(sample), work.step // data.order.steps_per_epoch
+            if 0 in batch.reasons:
+                yield Shown(sample, name, epoch, Image.new("RGB", (section.size, section.size), FAINT),
+                            (0, 0, section.size, section.size), images[0].numpy(), seen[0],
+                            (f"damaged, has no weight: {batch.reasons[0]}",))
+                continue
             left, top, width, height, resized_width, resized_height, x, y = view
             across, down = width / resized_width, height / resized_height
             box = (left + x * across, top + y * down,
                    left + (x + section.size) * across, top + (y + section.size) * down)
-            yield Shown(sample, data.train.name(sample), work.step // data.order.steps_per_epoch,
-                        _stored(records, sample), box, images[0].numpy(), seen[0], _drawn(work, section, policy))
+            yield Shown(sample, name, epoch, _stored(records, sample), box, images[0].numpy(), seen[0],
+                        _drawn(batch, section, policy))
 
 
-def _drawn(work: Work, section: AugmentSection, policy: Policy | None) -> tuple[str, ...]:
-    """What was drawn for a work's only own sample, in the order of the operations."""
+def _drawn(batch: Batch, section: AugmentSection, policy: Policy | None) -> tuple[str, ...]:
+    """What was drawn for a batch's only own sample, in the order of the operations."""
+    work = batch.work
     assert work.draws is not None
     words = ["flipped"] if section.flip > 0 and bool(work.draws.flip[0]) else []
     if policy is not None:
@@ -170,7 +177,7 @@ def _drawn(work: Work, section: AugmentSection, policy: Policy | None) -> tuple[
     if work.draws.erased[0].any():
         top, left, height, width = work.draws.erased[0].tolist()
         words.append(f"erased {width}x{height} at {left},{top}")
-    if work.mixing is not None:
+    if work.mixing is not None and not batch.damaged[work.mixing.partners[0]]:  # with those nothing is blended
         partner = int(work.samples[work.mixing.partners[0]])
         kind = "mixup" if work.mixing.box is None else "CutMix"
         words.append(f"{1.0 - work.mixing.share:.0%} of id {partner} ({kind})")
