@@ -32,6 +32,9 @@ class Config(s.Section):
         ".safetensors or .pth file, or torchvision:NAME; a resume doesn't read them again", min_length=1)
     freeze: list[str] = s.field(
         list, "order", "parts of the net that don't learn, by the beginning of their names: features, classifier.1")
+    sparsity: Literal["free", "keep"] = s.field(
+        "free", "order", "keep: weights of convolutions and linear layers that are zero (init_from a pruned net) stay "
+        "zero")
     data: s.DataSection = s.field(s.DataSection, "order", "what it is trained on")
     augment: s.AugmentSection = s.field(s.AugmentSection, "order", "what is done to an image")
     global_batch: int = s.field(256, "order", "samples per step over all ranks", ge=1)
@@ -345,6 +348,9 @@ def check(config: Config) -> None:
     if not re.fullmatch(r"[\w][\w.+=-]*", config.name or "x"):
         raise UserError(f"name must be letters, digits, '_', '-', '.', '+' or '=', got '{config.name}': "
                         "it names a folder.")
+    if config.sparsity == "keep" and config.init_from is None:
+        raise UserError("sparsity=keep keeps the zeros of the weights that a run begins with, but fresh weights have "
+                        "none. Name a pruned net: init_from=FILE.safetensors.")
     if config.deadline is not None:
         parse_duration(config.deadline)
 

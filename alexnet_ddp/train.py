@@ -40,6 +40,7 @@ from alexnet_ddp.ema import Ema, check_steps, decay_at
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
 from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, record_of, view_of
 from alexnet_ddp.metrics import Window
+from alexnet_ddp.models import sparsity
 from alexnet_ddp.models.frozen import freeze
 from alexnet_ddp.models.recipe import create_for
 from alexnet_ddp.models.weights import Weights
@@ -202,6 +203,10 @@ class Trainer:
             self.start.notes.append(note)
         frozen = everywhere(world, lambda: freeze(net, config.freeze))
         self.start.notes += frozen.notes(fresh=self.start.init is None)
+        if config.sparsity == "keep":
+            sparsity.keep_zeros(net)
+            if not self.start.resumed_from:
+                self.start.notes.append(everywhere(world, lambda: sparsity.told(net)))
         self.reseed = replica.has_torch_dropout(net)
         self.step = Step(wrap(net, world.device), create_optimizer(net, config.optim),
                          create_scaler(config.amp, world.device), amp=config.amp, clip_norm=config.clip_norm,

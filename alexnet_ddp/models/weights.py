@@ -3,7 +3,7 @@
     RUN                      a run directory: its best weights (also RUN@best)
     RUN@last, RUN@step_N     the newest of its checkpoints that verifies, or that of step N
     RUN/checkpoints/step_N   a checkpoint
-    FILE.safetensors         weights by name
+    FILE.safetensors         weights by name, bare or as export, quantize and prune write them
     FILE.pth, .pt, .pth.tar  a state dict as torch.save wrote it, bare or as other trainers wrap it
     torchvision:NAME         torchvision's own weights of the net
     NAME                     a net by name (alexnet_single, ...): no weights, fresh ones
@@ -24,7 +24,7 @@ import pickle
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,8 @@ from alexnet_ddp.checkpoint import choose, files, store
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.models import zoo
 from alexnet_ddp.sinks import say
+from alexnet_ddp.trained import packed_weights
+from alexnet_ddp.trained.packed_weights import Packed
 
 BEST, BEST_RECORD, RECIPE = "best.safetensors", "best.json", "config.yaml"
 PICKLED = (".pth", ".pt", ".tar", ".ckpt", ".bin")
@@ -73,12 +75,14 @@ class Weights:
     facts   plain Python, for a lineage: source, path (absolute), sha256, step, top1, model; the sha256 is that of the
             file that was read, of a checkpoint that of its manifest, which holds those of all its files
     recipe  the recipe (a plain tree) they were trained by; None where nobody says
+    packed  what a file of export, quantize or prune says of them; None of all others
     """
 
     tensors: dict[str, Tensor]
     where: str
     facts: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
+    packed: Packed | None = None
 
 
 def read_weights(spec: str) -> Weights:
@@ -102,7 +106,7 @@ def read_weights(spec: str) -> Weights:
         store.refuse_non_finite({"weights": weights.tensors})
     except store.NotFinite as error:
         raise UserError(f"{weights.where} can't be begun with: {str(error).partition(':')[0]}.") from None
-    return Weights(weights.tensors, weights.where, {"source": spec, **weights.facts}, weights.recipe)
+    return replace(weights, facts={**weights.facts, "source": spec})
 
 
 # --- finding ----------------------------------------------------------------------------------------------------
@@ -242,7 +246,13 @@ def _read_safetensors(source: Source) -> Weights:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise UserError(f"{source.path} is no whole safetensors file: {error}.") from None
-    return _from_file(source.path, data, _bare(tensors), model=_metadata(data).get("model"))
+    told = _metadata(data)
+    packed = packed_weights.read(told, tensors, where=str(source.path))
+    weights = _from_file(source.path, data, _bare(tensors), model=told.get("model"))
+    if packed is None:
+        return weights
+    return replace(weights, facts={**packed.facts, **weights.facts, "step": packed.facts.get("step"),
+                                   "top1": packed.facts.get("top1")}, recipe=packed.recipe, packed=packed)
 
 
 def _read_pickle(source: Source) -> Weights:
@@ -387,6 +397,9 @@ def put_into(net: nn.Module, weights: Weights, *, recipe: dict[str, Any] | None 
     Those are the last layer's, where it has another number of classes. `recipe`: the net's own (a plain tree), for
     the message. Raises UserError, and leaves the net as it was, when anything else doesn't fit.
     """
+    if weights.packed is not None and weights.packed.quantization is not None:
+        raise UserError(f"{weights.where} holds a quantized net, whose weights are no floating-point numbers that "
+                        "could be trained on. Use the net that it was made from.")
     live = net.state_dict()
     there = weights.tensors
     missing, foreign = sorted(live.keys() - there.keys()), sorted(there.keys() - live.keys())

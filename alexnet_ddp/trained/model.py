@@ -9,8 +9,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from alexnet_ddp import config as recipes
+from alexnet_ddp.checkpoint.files import Written
 from alexnet_ddp.config import Config
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.errors import UserError
@@ -27,6 +28,8 @@ from alexnet_ddp.models.recipe import create_for
 from alexnet_ddp.models.weights import Source, Weights, find, put_into, read_weights
 from alexnet_ddp.runfiles import CLASSES
 from alexnet_ddp.trained import classes as names
+from alexnet_ddp.trained import packed_weights
+from alexnet_ddp.trained.packed_weights import Packed
 from alexnet_ddp.trained.preprocessing import Preprocessing
 
 NOWHERE = "-"  # data.train of a recipe that nobody trains by
@@ -42,6 +45,7 @@ class Model:
     where          for people: what was read
     facts          plain Python: source, path, sha256, step, top1, model (see models.weights.Weights)
     notes          worth telling people: what was assumed
+    quantization   how its layers are quantized (alexnet_ddp.trained.quantization); None: all are floating-point
     """
 
     net: nn.Module
@@ -53,6 +57,7 @@ class Model:
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    quantization: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.net.eval().requires_grad_(False)
@@ -88,6 +93,23 @@ class Model:
         shown = [view for number in range(images.shape[1]) for view in (images[:, number], images[:, number].flip(2))]
         return torch.stack([self.logits(view).softmax(1) for view in shown]).mean(0)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, live, as they are written to files: quantized weights in their parts."""
+        if self.quantization is None:
+            return self.net.state_dict()
+        from alexnet_ddp.trained import quantization
+
+        return quantization.parts(self.net)
+
+    def save(self, path: Path, *, tensors: Mapping[str, Tensor] | None = None) -> Written:
+        """Writes all of it to a new .safetensors file, which load_model opens; `tensors`: instead of its own.
+
+        Raises UserError when there is such a file already, or when it can't be written.
+        """
+        packed = Packed(model=self.name, recipe=self.config.model_dump(mode="json"), classes=self.classes,
+                        preprocessing=self.preprocessing.plain(), facts=self.facts, quantization=self.quantization)
+        return packed_weights.write(path, tensors=self.tensors() if tensors is None else tensors, packed=packed)
+
 
 def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str | torch.device = "cpu") -> Model:
     """The model that `spec` names: a run, a checkpoint, a file of weights, a net (see alexnet_ddp.models.weights).
@@ -111,6 +133,8 @@ def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str |
     if source.kind == "torchvision":
         preprocessing, more = _torchvision_preprocessing(source.name, preprocessing)
         notes += more
+    if weights.packed is not None:
+        preprocessing = _packed_preprocessing(weights.packed, now=preprocessing, where=weights.where)
     model = _model(config, weights, where=weights.where, notes=notes, device=device, preprocessing=preprocessing)
     model.classes = _classes(source, weights, config)
     if not model.classes:
@@ -123,18 +147,34 @@ def _config(tree: dict[str, Any]) -> Config:
     tree = {"init_from": None, **tree}
     data = {**tree.get("data", {})}
     return recipes.build({**tree, "data": {**data, "train": data.get("train") or NOWHERE}, "init_from": None,
-                          "memory": {}, "freeze": []})
+                          "memory": {}, "freeze": [], "sparsity": "free"})
 
 
 def _model(config: Config, weights: Weights | None, *, where: str, notes: list[str], device: torch.device,
            preprocessing: Preprocessing) -> Model:
     net = create_for(config, on_gpu=False)
-    if weights is not None and (fresh := put_into(net, weights, recipe=config.model_dump(mode="json"))):
+    how = weights.packed.quantization if weights is not None and weights.packed is not None else None
+    if weights is not None and how is not None:
+        from alexnet_ddp.trained import quantization
+
+        notes = notes + quantization.put_into(net.to(device), weights, how)
+    elif weights is not None and (fresh := put_into(net, weights, recipe=config.model_dump(mode="json"))):
         raise UserError(f"{weights.where} holds a last layer for another number of classes than model.num_classes="
                         f"{config.model.num_classes} ({fresh[0]}). Leave model.num_classes out.")
     net = net.to(device).to(memory_format=torch.channels_last)
     return Model(net, config.model.name, preprocessing, (), config, where, dict(weights.facts) if weights else {},
-                 notes, device)
+                 notes, device, how)
+
+
+def _packed_preprocessing(packed: Packed, *, now: Preprocessing, where: str) -> Preprocessing:
+    """That of the file, but for what overrides have changed in its recipe."""
+    try:
+        told = Preprocessing.from_plain(packed.preprocessing)
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"{where} tells of no preprocessing that is known here. Write it anew.") from None
+    before = Preprocessing.of(_config(packed.recipe))
+    return replace(told, **{each.name: getattr(now, each.name) for each in fields(now)
+                            if getattr(now, each.name) != getattr(before, each.name)})
 
 
 def _tree(weights: Weights, overrides: Sequence[str]) -> dict[str, Any]:
@@ -175,6 +215,8 @@ def _classes(source: Source, weights: Weights, config: Config) -> tuple[str, ...
     """What the logits stand for, as the data call it; () where nobody knows."""
     if source.kind == "torchvision":
         return tuple(names.imagenet())
+    if weights.packed is not None:
+        return weights.packed.classes
     run = {"best": source.path, "checkpoint": source.path.parent.parent}.get(source.kind)
     if run is None:
         return ()
