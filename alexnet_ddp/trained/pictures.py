@@ -22,7 +22,7 @@ from alexnet_ddp.data.decoding.stages import parse_stage, to_stage
 from alexnet_ddp.data.index.descriptors import pread
 from alexnet_ddp.data.index.headers import members
 from alexnet_ddp.data.index.packed import MANIFEST, read_packed
-from alexnet_ddp.data.index.sources import SEPARATOR, find_source
+from alexnet_ddp.data.index.sources import HOW_TO_DECOMPRESS, SEPARATOR, find_source
 from alexnet_ddp.data.index.table import below, is_clutter, is_image, text
 from alexnet_ddp.data.records import I64, U8
 from alexnet_ddp.errors import UserError
@@ -97,7 +97,7 @@ def find_pictures(places: Sequence[str], *, stored: str) -> Pictures:
 
 def _at(place: str) -> Iterator[Picture]:
     path = Path(place).expanduser()
-    if path.is_file() and path.suffix.lower() != ".tar":
+    if path.is_file() and not path.name.lower().endswith((".tar", *HOW_TO_DECOMPRESS)):
         yield Picture(place, str(path))
     elif path.is_dir():
         if (path / MANIFEST).is_file() and read_packed(str(path)).side is not None:
