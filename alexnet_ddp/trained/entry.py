@@ -150,8 +150,9 @@ def _reached(source: Source, facts: dict[str, Any]) -> tuple[float | None, str]:
     """The held-out accuracy of a run's weights: a checkpoint's own evaluation, else the run's best, said so."""
     if source.kind == "best":
         return facts.get("top1"), f"{source.path.name}/{BEST_RECORD}, step {facts.get('step')}"
-    if source.kind != "checkpoint":
-        return None, ""
+    if source.kind != "checkpoint":  # quantize, prune and export write down what they know
+        top1 = facts.get("top1")
+        return (None, "") if top1 is None else (top1, f"{source.path.name} says so")
     run, step = source.path.parent.parent, facts.get("step")
     try:
         evaluated = [record for record in read_records(run / METRICS) if record["kind"] == "evaluate"]

@@ -89,6 +89,7 @@ class Trial:
 
         Raises OutOfMemory where not even one image goes through.
         """
+        self._give_back()
         start_peak(self.device)
         try:
             self._time("latency", 1, seconds=min(seconds, 0.3), calls=3)
@@ -166,10 +167,11 @@ class Trial:
             start_peak(self.device)
             try:
                 taken = self._time("throughput", batch, seconds=min(seconds, 0.5), calls=4)
-            except Exception as error:
-                if not no_memory(error) or not tried:
+            except (ValueError, RuntimeError, MemoryError) as error:  # an exported net may take one image and no more
+                if not tried:
                     raise
-                return tried, f"a batch of {batch} doesn't fit the memory"
+                why = "its memory isn't there" if no_memory(error) else _first_line(error)
+                return tried, f"a batch of {batch} can't be taken: {why}"
             quickest = min(taken[1:])
             tried.append(Tried(batch, batch / quickest, self._grown()))
             if batch >= best_of(tried).batch * 2**PATIENCE:

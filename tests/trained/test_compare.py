@@ -134,12 +134,27 @@ def test_a_net_that_does_not_fit(left: int, told: str, monkeypatch: pytest.Monke
     assert len(found.search) < 11 and "memory" in found.ended
 
 
-def test_batch_norm_of_one_value_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_norm_of_one_value_is_no_end() -> None:
     """A training batch that the net can't take (resnet18, one image of 32 pixels) costs the training figure alone."""
     one = trial.Trial("torchvision:resnet18", ["augment.size=32"], device="cpu", threads=torch.get_num_threads())
     found = one.prepare(train_batch=1, seconds=0.0)
     assert found.memory_train is None and "not trained at a batch of 1" in found.notes[0]
     assert len(one.measure("latency", seconds=0.0)) == 1
+
+
+def test_a_net_of_one_image_is_measured_by_one(small: trial.Trial) -> None:
+    """As an export without --dynamic-batch makes it: the search ends there, and nothing else."""
+    net = small.net
+
+    class Single(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if len(images) != 1:
+                raise RuntimeError("expected a batch of 1")
+            return net(images)
+
+    small.net, small.entry.trainable = Single(), False
+    found = small.prepare(train_batch=4, seconds=10.0)
+    assert found.best == 1 and found.memory_train is None and "expected a batch of 1" in found.ended
 
 
 def test_a_killed_process_is_told() -> None:
