@@ -20,6 +20,8 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   status [RUN ...]                    where runs stand, and why
   doctor slurm                        what this cluster's settings mean for a run
   report RUN [RUN ...]                accuracy of runs side by side; mean and deviation over seeds
+  evaluate MODEL [data.val=...]       how often a trained net is right, exactly; --crops 10, --per-class, --confusion
+  predict MODEL IMAGE|FOLDER|TAR ...  the likeliest classes of photographs, as a table, JSON lines or CSV
   models                              the nets there are;  models show NAME: layers, sizes, parameters, MACs
   compare MODEL [MODEL ...]           nets side by side: accuracy, size, latency, throughput, memory
   data index WHERE                    what lies in a folder, tar or shards
@@ -117,6 +119,22 @@ def compare(words: list[str]) -> int:
     return command(words)
 
 
+def evaluate(words: list[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in training: threads of torch beside those that decode
+
+    from alexnet_ddp.trained.accuracy import main as command
+
+    return command(words)
+
+
+def predict(words: list[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    from alexnet_ddp.trained.prediction_table import main as command
+
+    return command(words)
+
+
 def doctor(words: list[str]) -> int:
     from launch.doctor import main as command
 
@@ -126,7 +144,8 @@ def doctor(words: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "submit": submit, "status": status,
                                                    "report": report,
                                                    "doctor": doctor, "models": models, "data": data, "demo": demo,
-                                                   "compare": compare}
+                                                   "compare": compare,
+                                                   "evaluate": evaluate, "validate": evaluate, "predict": predict}
 
 
 def main(words: list[str] | None = None) -> int:

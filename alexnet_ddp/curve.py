@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from alexnet_ddp import plots
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.schedule import learning_rate
@@ -15,7 +16,6 @@ STEPS = 20_000_000  # a rate each, some ten seconds and a gigabyte
 ROWS = 20  # of the table, more or less
 WIDTH, HEIGHT = 64, 12  # characters of the picture
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " #"  # cells from empty to full
-FORMATS = (".png", ".svg")
 
 
 def show(config: Config, *, samples: int | None, out: str | None) -> None:
@@ -24,7 +24,7 @@ def show(config: Config, *, samples: int | None, out: str | None) -> None:
     `samples`: training images, for where the data aren't at hand; None: they are counted.
     """
     if out is not None:
-        check_out(out)
+        plots.check(out, flag="--out", otherwise=" Without --out the curve is shown in the terminal.")
     samples = min(samples_of(config) if samples is None else samples, config.data.limit or sys.maxsize)
     steps_per_epoch = -(-samples // config.global_batch)
     if config.epochs * steps_per_epoch > STEPS:
@@ -91,30 +91,11 @@ def picture(rates: Sequence[float], *, epochs: int, blocks: str = BLOCKS) -> lis
     return lines
 
 
-def check_out(out: str) -> None:
-    """Raises UserError for a picture that can't be drawn: of another kind, or without matplotlib."""
-    if Path(out).suffix.lower() not in FORMATS:
-        raise UserError(f"--out takes a name that ends in {' or '.join(FORMATS)}, got '{out}'.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("--out needs matplotlib: pip install 'alexnet-ddp[plots]'. Without --out the curve is shown in "
-                        "the terminal.") from None
-
-
 def draw(rates: Sequence[float], path: Path, *, steps_per_epoch: int, title: str) -> None:
     """The curve as a picture, .png or .svg. Raises UserError where it can't be written."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "alexnet-ddp", "svg.fonttype": "none"}):  # text stays text
-        figure = Figure(figsize=(8, 3.5), layout="constrained")
+    with plots.figure(path, flag="--out", size=(8, 3.5)) as figure:
         axis = figure.subplots()
         axis.plot([step / steps_per_epoch for step in range(len(rates))], rates, linewidth=1.2)
         axis.set(xlabel="epochs", ylabel="learning rate", xlim=(0, len(rates) / steps_per_epoch), ylim=(0, None))
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
-        try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-        except OSError as error:
-            raise UserError(f"--out {path} can't be written: {error.strerror or error}.") from None

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from alexnet_ddp.errors import UserError
+from alexnet_ddp.errors import EXIT_INTERRUPTED, UserError
 
 # Flags people know from other trainers, and what to write here.
 ELSEWHERE = {
@@ -44,6 +44,8 @@ def answer(command: Callable[[list[str]], int], words: list[str]) -> int:
     """Runs a command and returns its exit code; a user's mistake is one clear message, once, on rank 0."""
     try:
         return command(words)
+    except KeyboardInterrupt:  # of a command that has nothing to save; training handles its own
+        return EXIT_INTERRUPTED
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"alexnet-ddp: error: {error}", file=sys.stderr, flush=True)

@@ -55,8 +55,9 @@ def ranks_wanted(text: str) -> int:
     return int(text)
 
 
-def launch(arguments: Sequence[str], *, ranks: int, run_dir: Path, place: Nodes | None = None) -> int:
-    """Runs `alexnet-ddp ARGUMENTS` on `ranks` ranks of this machine and returns the run's exit code.
+def launch(arguments: Sequence[str], *, ranks: int, run_dir: Path | None = None, place: Nodes | None = None) -> int:
+    """Runs `alexnet-ddp ARGUMENTS` on `ranks` ranks of this machine and returns the exit code: that of the run in
+    `run_dir`, or without one that of a command which can't be stopped and go on.
 
     Stop signals reach the ranks, which save and leave, but a second Ctrl-C ends all at once. On a single machine no
     port is fixed, so several runs fit on it.
@@ -82,15 +83,19 @@ def launch(arguments: Sequence[str], *, ranks: int, run_dir: Path, place: Nodes 
         elastic_launch(agent, sys.executable)(*safe, "-u", "-m", "alexnet_ddp", *arguments)
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
-        reports = (run_dir / "errors").glob("rank_*.json")
+        reports = [] if run_dir is None else list((run_dir / "errors").glob("rank_*.json"))
         if first.exitcode < 0 and not any(report.stat().st_mtime >= began for report in reports):
             name = signal.Signals(-first.exitcode).name  # no rank was left to tell
-            print(f"alexnet-ddp: rank {rank} was ended by {name}. The same command goes on from the newest checkpoint.",
-                  file=sys.stderr, flush=True)
+            way_out = "" if run_dir is None else " The same command goes on from the newest checkpoint."
+            print(f"alexnet-ddp: rank {rank} was ended by {name}.{way_out}", file=sys.stderr, flush=True)
             return 128 - first.exitcode  # as srun and shells tell it: worth another start, unlike a bug's 1
         return EXIT_USER if first.exitcode == EXIT_USER else EXIT_FAILED
-    except SignalException:
-        pass  # passed on to the ranks, which have left by now; state.json says whether in good order
+    except SignalException as stopped:  # passed on to the ranks, which have left by now
+        if run_dir is None:
+            return 128 + int(stopped.sigval)
+    if run_dir is None:
+        return EXIT_FINISHED
+    # A run may have been stopped: state.json says whether in good order.
     status = read_state(run_dir).get("status")
     return {"finished": EXIT_FINISHED, "preempted": EXIT_STOPPED}.get(str(status), EXIT_FAILED)
 

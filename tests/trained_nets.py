@@ -36,7 +36,7 @@ def command(*words: object, cwd: Path = ROOT) -> "subprocess.CompletedProcess[st
 
 
 def draw_pictures(folder: Path) -> Path:
-    """`folder`/train and /val, PER_CLASS and HELD_OUT pictures of each of four kinds of figure that are learned soon."""
+    """Pictures of four kinds of figure that are learned soon: PER_CLASS of each in `folder`/train, HELD_OUT in /val."""
     for split, count in enumerate((PER_CLASS, HELD_OUT)):
         for label, kind in enumerate(KINDS):
             place = folder / ("train", "val")[split] / kind

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 from alexnet_ddp import distributed
+from alexnet_ddp.cores import usable_cores
 from alexnet_ddp.distributed import World, everywhere
+from alexnet_ddp.errors import UserError
 from alexnet_ddp.trained.model import Model, load_model
 from alexnet_ddp.words import Parser
 
@@ -16,11 +20,12 @@ MODEL_HELP = ("a run directory (RUN, RUN@last, RUN@step_N), a checkpoint, a file
               "torchvision:NAME, or a net's name")
 
 
-def parser(name: str, description: str, *, overrides: str = "as in a recipe, such as data.val=/data/val") -> Parser:
+def parser(name: str, description: str, *, overrides: str = "as in a recipe, such as data.val=/data/val",
+           metavar: str = "key=value") -> Parser:
     """`alexnet-ddp NAME MODEL [key=value ...] [--device D]`; parse it with parse_intermixed_args."""
     made = Parser(prog=f"alexnet-ddp {name}", description=description)
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    made.add_argument("overrides", metavar="key=value", nargs="*", help=overrides)
+    made.add_argument("overrides", metavar=metavar, nargs="*", help=overrides)
     made.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda where it is")
     return made
 
@@ -38,3 +43,36 @@ def group(device: str) -> Iterator[World]:
 def load_on_all(world: World, spec: str, overrides: Sequence[str]) -> Model:
     """The model on every rank's device; a UserError of one is raised by all."""
     return everywhere(world, lambda: load_model(spec, overrides, device=world.device))
+
+
+def cores(world: World) -> int:
+    """Cores that this rank has for its decode threads."""
+    return distributed.cores_of_a_rank(usable_cores(), local_size=world.local_size, environment=os.environ)
+
+
+def on_ranks(name: str, words: Sequence[str], *, ranks: str) -> int:
+    """`alexnet-ddp NAME WORDS` on so many ranks of this machine (a number, or auto); returns the exit code.
+
+    `words` may hold --nproc-per-node, which the ranks aren't told. Raises UserError.
+    """
+    from launch.agent import launch, ranks_wanted
+
+    if "RANK" in os.environ:
+        raise UserError("--nproc-per-node starts the ranks itself, and this is already a rank of torchrun. Leave out "
+                        "the one or the other.")
+    left, skip = [], False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag.startswith("--nproc") and "--nproc-per-node".startswith(flag.replace("_", "-")):
+            skip = not equals
+        elif skip:
+            skip = False
+        else:
+            left.append(word)
+    return launch([name, *left], ranks=ranks_wanted(ranks))
+
+
+def tell_notes(notes: Iterable[str]) -> None:
+    """On stderr, so that what a command prints stays what it prints."""
+    for note in notes:
+        print(f"alexnet-ddp: note: {note}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torchvision
@@ -31,6 +31,9 @@ from alexnet_ddp.trained import classes as names
 from alexnet_ddp.trained import packed_weights
 from alexnet_ddp.trained.packed_weights import Packed
 from alexnet_ddp.trained.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from alexnet_ddp.trained.prediction import Answer
 
 NOWHERE = "-"  # data.train of a recipe that nobody trains by
 
@@ -109,6 +112,17 @@ class Model:
         packed = Packed(model=self.name, recipe=self.config.model_dump(mode="json"), classes=self.classes,
                         preprocessing=self.preprocessing.plain(), facts=self.facts, quantization=self.quantization)
         return packed_weights.write(path, tensors=self.tensors() if tensors is None else tensors, packed=packed)
+
+
+    def classify(self, places: Sequence[str | Path], *, top: int = 5, crops: int = 1) -> list[Answer]:
+        """The `top` likeliest classes of all pictures at `places`: files, folders, tars; in that order.
+
+        A picture that can't be read has an `error` instead. `crops` as for `probabilities`. Raises UserError for places
+        without pictures. Answers one by one: alexnet_ddp.trained.prediction.classify.
+        """
+        from alexnet_ddp.trained.prediction import classify
+
+        return list(classify(self, [str(place) for place in places], top=top, crops=crops))
 
 
 def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str | torch.device = "cpu") -> Model:

@@ -22,7 +22,7 @@ from alexnet_ddp.cores import usable_cores
 from alexnet_ddp.data.feed import slot_shape
 from alexnet_ddp.data.index import Index, open_index
 from alexnet_ddp.data.loader import Batch, Loader
-from alexnet_ddp.data.records import StoredRecords
+from alexnet_ddp.data.records import Records, StoredRecords
 from alexnet_ddp.data.transfer import Transfer
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.evaluate import TILE, works
@@ -104,15 +104,22 @@ def tiles(model: Model, source: Source, *, rank: int = 0, world: int = 1, crops:
     Damaged images are told of in their tile, never raised. Raises Unreadable, and UserError where the decoder that the
     run was pinned to isn't here.
     """
+    return tiles_of_records(model, StoredRecords(source.index, source.stored), source.labels, rank=rank, world=world,
+                            crops=crops, batch=batch, threads=threads, decoder=decoder)
+
+
+def tiles_of_records(model: Model, records: Records, labels: NDArray[np.int32], *, rank: int = 0, world: int = 1,
+                     crops: int = 1, batch: int = 4, threads: int | None = None,
+                     decoder: str | None = None) -> Iterator[Tile]:
+    """`tiles` of any records; `labels` [records]."""
     choose, device = model.preprocessing.choose(crops=crops), model.device
     shown, size, channels = len(choose), model.preprocessing.size, model.preprocessing.channels
-    records = StoredRecords(source.index, source.stored)
     is_raw = records.stage.kind == "raw"
     crop = "squash" if model.preprocessing.short is None else "center"
     shape = slot_shape(records.stage, crop=crop, size=size, channels=channels, whole=False)
     transfer = Transfer(device, is_raw=is_raw, size=size, channels=channels)
-    fetches = works(len(source), batch=batch, rank=rank, world=world, choose=choose)
-    with Loader(records, source.labels, model.preprocessing.decoder(decoder or model.config.data.decoder),
+    fetches = works(len(labels), batch=batch, rank=rank, world=world, choose=choose)
+    with Loader(records, labels, model.preprocessing.decoder(decoder or model.config.data.decoder),
                 rows=batch * TILE * shown, shape=shape, threads=threads or usable_cores(), prefetch=PREFETCH,
                 pin=device.type == "cuda", on_error="skip") as loader:
         for fetched in loader.run(fetches):
