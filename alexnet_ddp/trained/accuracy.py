@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from alexnet_ddp import plots, tables
 from alexnet_ddp.amounts import counted
@@ -21,7 +22,7 @@ from alexnet_ddp.evaluate import record_of
 from alexnet_ddp.progress import Progress
 from alexnet_ddp.trained import command
 from alexnet_ddp.trained.evaluation import NONE, Outcomes, evaluate_model
-from alexnet_ddp.trained.model import Model
+from alexnet_ddp.trained.model import NAMELESS, Model
 from alexnet_ddp.trained.tiles import Source, open_source
 
 NAMED = 10  # damaged images that are named on the terminal; --json has them all
@@ -67,23 +68,29 @@ def main(words: list[str]) -> int:
 
 
 def open_held_out(model: Model) -> Source:
-    """The data that `data.val` names. Raises UserError."""
+    """The data that `data.val` names; a net that doesn't know what its classes are called has them from there. Raises
+    UserError."""
     place = model.config.data.val
     if place is None:
         raise UserError(f"{model.where} doesn't say what it is to be evaluated on. Name the data: data.val=FOLDER (or "
                         "a tar, shards, a pack).")
     try:
-        return open_source(place, model)
+        source = open_source(place, model)
     except UserError as error:
         raise UserError(f"data.val={error}") from None
+    if not model.classes:
+        model.classes = tuple(source.index.classes)
+        model.notes = [note for note in model.notes if note != NAMELESS]
+    return source
 
 
 def _evaluate(model: Model, source: Source, world: World, *, crops: int) -> Outcomes:
-    threads = model.config.data.threads
-    with Progress(-(-len(source) // world.size), what="evaluate",
-                  file=None if world.rank == 0 else open(os.devnull, "w")) as progress:
-        return evaluate_model(model, source, world=world, crops=crops, tick=progress.update,
-                              threads=command.cores(world) if threads == "auto" else threads)
+    threads, cores = model.config.data.threads, command.cores(world)
+    torch.set_num_threads(model.config.torch_threads or cores)  # as in training; torchrun's ranks would have one each
+    with (Progress(-(-len(source) // world.size), what="evaluate") if world.rank == 0 else
+          contextlib.nullcontext()) as progress:
+        return evaluate_model(model, source, world=world, crops=crops, tick=progress.update if progress else None,
+                              threads=cores if threads == "auto" else threads)
 
 
 def facts(model: Model, source: Source, outcomes: Outcomes, *, crops: int) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def summary(told: dict[str, Any], notes: Sequence[str]) -> list[str]:
 
 def by_class(model: Model, outcomes: Outcomes) -> list[dict[str, Any]]:
     """Of every class of the net: its names, its samples, how many are right, and what it is most often taken for."""
-    names, spoken, columns = model.classes or tuple(model.spoken), model.spoken, outcomes.per_class()
+    names, spoken, columns = model.classes, model.spoken, outcomes.per_class()
     return [{"class": names[number], "name": spoken[number],
              **{name: int(columns[name][number]) for name in ("samples", "correct1", "correct5")},
              "mistaken": None if columns["mistaken"][number] == NONE else names[columns["mistaken"][number]]}

@@ -93,7 +93,7 @@ class Outcomes:
 
 def evaluate_model(model: Model, source: Source, *, world: World | None = None, crops: int = 1,
                    batch: int | None = None, threads: int | None = None,
-                   tick: Callable[[int], None] = lambda samples: None) -> Outcomes:
+                   tick: Callable[[int], None] | None = None) -> Outcomes:
     """The net's answers for all of `source`; collective where there is a `world`: each rank takes its share of tiles.
 
     `crops`: 1, or the ten of Krizhevsky et al. 2012 (section 4.1), softmax averaged. `batch`: tiles decoded at a time,
@@ -113,7 +113,8 @@ def evaluate_model(model: Model, source: Source, *, world: World | None = None, 
             rows = slice(tile.first, tile.first + TILE)
             places[:, rows], whole[:, rows] = _judge(model, tile)
             reasons.update(tile.reasons)
-            tick(min(TILE, max(0, len(source) - tile.first)))
+            if tick is not None:
+                tick(min(TILE, max(0, len(source) - tile.first)))
         return reasons
 
     reasons = work() if world is None else everywhere(world, work)

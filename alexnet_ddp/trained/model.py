@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from alexnet_ddp.trained.prediction import Answer
 
 NOWHERE = "-"  # data.train of a recipe that nobody trains by
+NAMELESS = "the names of its classes aren't known: they are numbers"
 
 
 @dataclass
@@ -113,7 +114,6 @@ class Model:
                         preprocessing=self.preprocessing.plain(), facts=self.facts, quantization=self.quantization)
         return packed_weights.write(path, tensors=self.tensors() if tensors is None else tensors, packed=packed)
 
-
     def classify(self, places: Sequence[str | Path], *, top: int = 5, crops: int = 1) -> list[Answer]:
         """The `top` likeliest classes of all pictures at `places`: files, folders, tars; in that order.
 
@@ -152,7 +152,7 @@ def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str |
     model = _model(config, weights, where=weights.where, notes=notes, device=device, preprocessing=preprocessing)
     model.classes = _classes(source, weights, config)
     if not model.classes:
-        model.notes.append("the names of its classes aren't known: they are numbers")
+        model.notes.append(NAMELESS)
     return model
 
 

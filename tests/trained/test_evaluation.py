@@ -18,6 +18,7 @@ from alexnet_ddp.evaluate import TILE
 from alexnet_ddp.trained import evaluation
 from alexnet_ddp.trained.evaluation import NONE, WRONG, Outcomes, evaluate_model
 from alexnet_ddp.trained.tiles import open_source
+from launch import agent
 from stores import devkit, make_devkit, make_tar
 from trained_nets import Trained
 
@@ -164,6 +165,17 @@ def test_labels_of_the_devkit(trained: Trained, tmp_path: Path, capsys: pytest.C
     assert "n01484850 great white shark" in capsys.readouterr().out
 
 
+def test_a_net_without_names(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a run's classes.json is lost, the data's own classes are taken in their order, which is said."""
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    (run / "classes.json").unlink()
+    known = told(capsys, trained.run, "--per-class")["per_class"]
+    assert cli.main(["evaluate", str(run), "--json", "--per-class"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["per_class"] == known
+    assert "are taken in their order" in err and "they are numbers" not in err
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_confusion_picture(trained: Trained, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     """--confusion writes a picture of its kind; an .svg holds the counts and names that are drawn."""
@@ -209,6 +221,15 @@ def test_bad_data_and_runs(trained: Trained, tmp_path: Path, capsys: pytest.Capt
                         ([run], f"{run}@last")):
         assert cli.main(["evaluate", *map(str, words)]) == EXIT_USER
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [["--nproc-per-node", "2"], ["--nproc_per_node=2"], ["--nproc", "2"]])
+def test_ranks_of_this_machine(flag: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """--nproc-per-node starts that many ranks with all the other words, in their order."""
+    started: list[Any] = []
+    monkeypatch.setattr(agent, "launch", lambda words, ranks: started.append((words, ranks)) or 7)
+    assert cli.main(["evaluate", "RUN", *flag, "data.val=x", "--crops", "10"]) == 7
+    assert started == [(["evaluate", "RUN", "data.val=x", "--crops", "10"], 2)]
 
 
 def test_ctrl_c(trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
