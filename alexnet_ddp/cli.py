@@ -21,6 +21,7 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   doctor slurm                        what this cluster's settings mean for a run
   report RUN [RUN ...]                accuracy of runs side by side; mean and deviation over seeds
   evaluate MODEL [data.val=...]       how often a trained net is right, exactly; --crops 10, --per-class, --confusion
+  validate MODEL [data.val=...]       the same as evaluate
   predict MODEL IMAGE|FOLDER|TAR ...  the likeliest classes of photographs, as a table, JSON lines or CSV
   models                              the nets there are;  models show NAME: layers, sizes, parameters, MACs
   compare MODEL [MODEL ...]           nets side by side: accuracy, size, latency, throughput, memory

@@ -38,7 +38,7 @@ def test_torchvisions_alexnet(tmp_path: Path) -> None:
 def test_ten_crops_of_photographs() -> None:
     """Ten-crop probabilities of 100 photographs are those of torchvision's Resize, CenterCrop and TenCrop, to 1e-6."""
     tar = photographs.archive("imagenet-sample.tar")
-    model = load_model("alexnet_single", ["model.width=0.0625", "model.num_classes=9", "data.decoder=pillow"])
+    model = load_model("alexnet_torchvision", ["model.width=0.0625", "model.num_classes=9", "data.decoder=pillow"])
     pictures = find_pictures([f"{tar}::train"], stored="original").first(PHOTOGRAPHS)
     assert len(pictures) == PHOTOGRAPHS
     ten = v2.Compose([v2.Resize(256), v2.CenterCrop(256), v2.TenCrop(224)])
