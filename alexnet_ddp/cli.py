@@ -128,6 +128,14 @@ def evaluate(words: list[str]) -> int:
     return command(words)
 
 
+def validate(words: list[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    from alexnet_ddp.trained.accuracy import main as command
+
+    return command(words, name="validate")
+
+
 def predict(words: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -146,7 +154,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "submit": sub
                                                    "report": report,
                                                    "doctor": doctor, "models": models, "data": data, "demo": demo,
                                                    "compare": compare,
-                                                   "evaluate": evaluate, "validate": evaluate, "predict": predict}
+                                                   "evaluate": evaluate, "validate": validate, "predict": predict}
 
 
 def main(words: list[str] | None = None) -> int:

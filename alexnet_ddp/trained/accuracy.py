@@ -30,8 +30,8 @@ LEGIBLE = 60  # classes whose names can be read beside a confusion matrix
 IN_CELLS = 20  # classes up to which counts are written into its cells
 
 
-def main(words: list[str]) -> int:
-    parser = command.parser("evaluate", "How often a trained net is right on held-out data: exact, every sample once.",
+def main(words: list[str], *, name: str = "evaluate") -> int:
+    parser = command.parser(name, "How often a trained net is right on held-out data: exact, every sample once.",
                             overrides="as in a recipe; data.val=... names the data, by default those of the run")
     parser.add_argument("--crops", type=int, default=1, metavar="1|10", help="views of an image that are averaged: "
                         "its centre, or the 2012 paper's corners and centre, mirrored too")

@@ -123,8 +123,12 @@ def _files(root: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: can't be listed: {error.strerror}.")
 
-    for folder, folders, names in os.walk(root, onerror=refuse):
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not is_clutter(os.fsencode(name))]
+        here = os.path.realpath(folder)
+        for name in folders:
+            if Path(here).is_relative_to(os.path.realpath(os.path.join(folder, name))):
+                raise UserError(f"{folder}/{name}: is a link to a directory that contains it. Remove the link.")
         for name in names:
             if not is_clutter(os.fsencode(name)):
                 yield os.path.relpath(os.path.join(folder, name), root)

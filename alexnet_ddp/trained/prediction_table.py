@@ -47,7 +47,8 @@ def main(words: list[str]) -> int:
     command.tell_notes(model.notes)
     pictures = find_pictures(places, stored=model.config.data.stored)
 
-    began, kept, unread = time.perf_counter(), [], 0
+    began, unread = time.perf_counter(), 0
+    kept: list[Answer] = []
     tell = PRINTERS[options.format]()
     for answer in classify(model, pictures, top=options.top, crops=options.crops):
         tell(answer)

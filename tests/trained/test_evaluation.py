@@ -223,7 +223,7 @@ def test_bad_data_and_runs(trained: Trained, tmp_path: Path, capsys: pytest.Capt
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", [["--nproc-per-node", "2"], ["--nproc_per_node=2"], ["--nproc", "2"]])
+@pytest.mark.parametrize("flag", [["--nproc-per-node", "2"], ["--nproc_per_node=2"], ["--nproc-per", "2"]])
 def test_ranks_of_this_machine(flag: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """--nproc-per-node starts that many ranks with all the other words, in their order."""
     started: list[Any] = []

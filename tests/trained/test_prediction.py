@@ -34,6 +34,8 @@ def mixed(trained: Trained, pictures: list[Path], tmp_path_factory: pytest.TempP
         place = root / ("top", "top/below", "top/below/again")[number % 3] / f"{number + 5}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
+    (root / "top" / "below" / "again").rename(root.parent / f"{root.name}-again")
+    (root / "top" / "below" / "again").symlink_to(root.parent / f"{root.name}-again")
     (root / "top" / "20.jpg").write_text("no picture at all")
     (root / "top" / "21.jpg").write_bytes(pictures[0].read_bytes()[:900])
     (root / "top" / "notes.txt").write_text("left alone")
@@ -144,6 +146,7 @@ def test_stages(trained: Trained, stored: str) -> None:
     (["EMPTY"], "holds no pictures"),
     (["EMPTY/a.tar.gz"], "compressed"),
     (["EMPTY/torn.tar"], "cut short"),
+    (["EMPTY/../circle"], "is a link to a directory that contains it"),
     (["GOOD", "--crops", "5"], "crops must be 1 (the centre) or 10"),
     (["GOOD", "--top", "0"], "--top takes a number of classes above 0"),
     (["GOOD", "--format", "xml"], "--format"),
@@ -161,6 +164,8 @@ def test_bad_words(trained: Trained, pictures: list[Path], tmp_path: Path, words
     if words and "torn" in words[0]:
         whole = tar_bytes({"a.jpg": pictures[0].read_bytes()})
         (empty / "torn.tar").write_bytes(whole[:1500])
+    (tmp_path / "circle").mkdir()
+    (tmp_path / "circle" / "again").symlink_to(tmp_path)
     words = [word.replace("EMPTY", str(empty)).replace("GOOD", str(pictures[0])) for word in words]
     assert cli.main(["predict", str(trained.run), *words]) == EXIT_USER
     out, err = capsys.readouterr()
