@@ -23,6 +23,7 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   evaluate MODEL [data.val=...]       how often a trained net is right, exactly; --crops 10, --per-class, --confusion
   validate MODEL [data.val=...]       the same as evaluate
   predict MODEL IMAGE|FOLDER|TAR ...  the likeliest classes of photographs, as a table, JSON lines or CSV
+  export MODEL --format F             a trained net as an ONNX file and the like, once its logits are the checkpoint's
   models                              the nets there are;  models show NAME: layers, sizes, parameters, MACs
   compare MODEL [MODEL ...]           nets side by side: accuracy, size, latency, throughput, memory
   data index WHERE                    what lies in a folder, tar or shards
@@ -144,6 +145,12 @@ def predict(words: list[str]) -> int:
     return command(words)
 
 
+def export(words: list[str]) -> int:
+    from alexnet_ddp.trained.export import main as command
+
+    return command(words)
+
+
 def doctor(words: list[str]) -> int:
     from launch.doctor import main as command
 
@@ -153,6 +160,7 @@ def doctor(words: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "submit": submit, "status": status,
                                                    "report": report,
                                                    "doctor": doctor, "models": models, "data": data, "demo": demo,
+                                                   "export": export,
                                                    "compare": compare,
                                                    "evaluate": evaluate, "validate": validate, "predict": predict}
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from alexnet_ddp.models.pieces import pieces
 
@@ -128,11 +129,23 @@ def _factor(
 
 def _window_sum(x: Tensor, *, before: int, after: int, groups: int) -> Tensor:
     """`out[:, c] = x[:, c - before] + ... + x[:, c + after]`, a new tensor; what lies outside c's group counts as 0."""
-    out, channels = x.clone(), x.shape[1] // groups
+    channels = x.shape[1] // groups
+    if torch.compiler.is_exporting():  # the same sums; writes to slices would make a graph of scatters
+        return torch.cat([_padded_sum(part, before, after) for part in x.split(channels, 1)], 1)
+    out = x.clone()
     for first in range(0, x.shape[1], channels):
         x_part, out_part = (tensor.narrow(1, first, channels) for tensor in (x, out))
         for shift in range(1, min(after, channels - 1) + 1):
             out_part[:, :-shift] += x_part[:, shift:]
         for shift in range(1, min(before, channels - 1) + 1):
             out_part[:, shift:] += x_part[:, :-shift]
+    return out
+
+
+def _padded_sum(x: Tensor, before: int, after: int) -> Tensor:
+    """`_window_sum` of one group, without writing to slices; zeros are added where that leaves something out."""
+    padded = functional.pad(x, (0, 0) * (x.dim() - 2) + (before, after))
+    out = x
+    for shift in (*range(1, after + 1), *range(-1, -before - 1, -1)):
+        out = out + padded.narrow(1, before + shift, x.shape[1])
     return out

@@ -5,6 +5,7 @@
     RUN/checkpoints/step_N   a checkpoint
     FILE.safetensors         weights by name, bare or as export, quantize and prune write them
     FILE.pth, .pt, .pth.tar  a state dict as torch.save wrote it, bare or as other trainers wrap it
+    FILE.onnx, FILE.pt2      an exported net (alexnet_ddp.trained.export): it runs, and its weights stay inside
     torchvision:NAME         torchvision's own weights of the net
     NAME                     a net by name (alexnet_single, ...): no weights, fresh ones
 
@@ -52,10 +53,12 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 PATIENCE = 30.0  # seconds without a byte after which a download is given up
 LISTED = 3  # names that a message lists
 
-Kind = Literal["best", "checkpoint", "safetensors", "pickle", "torchvision", "net"]
+EXPORTED: dict[str, Literal["onnx", "program"]] = {".onnx": "onnx", ".pt2": "program"}
 
-FORMS = ("A model is a run directory (RUN, RUN@last, RUN@step_N), a checkpoint, a .safetensors, .pth or .pt file, or "
-         "torchvision:NAME")
+Kind = Literal["best", "checkpoint", "safetensors", "pickle", "onnx", "program", "torchvision", "net"]
+
+FORMS = ("A model is a run directory (RUN, RUN@last, RUN@step_N), a checkpoint, a .safetensors, .pth, .pt, .onnx or "
+         ".pt2 file, or torchvision:NAME")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ def read_weights(spec: str) -> Weights:
     source = find(spec)
     if source.kind == "net":
         raise UserError(f"'{spec}' names a net, which has no weights yet. {FORMS}.")
+    if source.kind in EXPORTED.values():
+        raise UserError(f"{source.path} is an exported net, which runs but doesn't give its weights away. Name the "
+                        "run, the checkpoint or the file of weights that it was made of.")
     read = {"best": _read_best, "checkpoint": _read_checkpoint, "safetensors": _read_safetensors,
             "pickle": _read_pickle, "torchvision": _read_torchvision}[source.kind]
     weights = read(source)
@@ -175,7 +181,9 @@ def _file(path: Path) -> Source:
         return Source("safetensors", path)
     if path.suffix in PICKLED:
         return Source("pickle", path)
-    raise UserError(f"{path} doesn't end in .safetensors, .pth or .pt. {FORMS}.")
+    if path.suffix in EXPORTED:
+        return Source(EXPORTED[path.suffix], path)
+    raise UserError(f"{path} doesn't end in .safetensors, .pth, .pt, .onnx or .pt2. {FORMS}.")
 
 
 def _nearby(path: Path) -> str:

@@ -25,7 +25,7 @@ from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.models import zoo
 from alexnet_ddp.models.recipe import create_for
-from alexnet_ddp.models.weights import Source, Weights, find, put_into, read_weights
+from alexnet_ddp.models.weights import EXPORTED, Source, Weights, find, put_into, read_weights
 from alexnet_ddp.runfiles import CLASSES
 from alexnet_ddp.trained import classes as names
 from alexnet_ddp.trained import packed_weights
@@ -140,6 +140,10 @@ def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str |
         notes = [f"{source.name} has no trained weights: these are fresh ones, of seed {config.seed}"]
         return _model(config, None, where=f"{source.name}, fresh weights", notes=notes, device=device,
                       preprocessing=Preprocessing.of(config))
+    if source.kind in EXPORTED.values():
+        from alexnet_ddp.trained.exported import open_exported
+
+        return open_exported(source, overrides, device)
     weights = read_weights(spec)
     config = _config(recipes.apply_overrides(_tree(weights, overrides), overrides))
     preprocessing = Preprocessing.of(config)

@@ -190,7 +190,7 @@ class Bomb:
     ("a.pt", {}, "It holds: nothing."),
     ("a.pt", torch.zeros(3), "holds a Tensor, no state dict"),
     ("a.pt", {"w": torch.tensor([1.0, float("nan")])}, "w (weights) holds inf or nan"),
-    ("a.jpg", {}, "doesn't end in .safetensors, .pth or .pt"),
+    ("a.jpg", {}, "doesn't end in .safetensors, .pth, .pt, .onnx or .pt2"),
 ])
 def test_files_without_weights(tmp_path: Path, name: str, content: object, said: str) -> None:
     """Code in a file is never run; what holds no weights, or broken ones, is refused with what was found."""

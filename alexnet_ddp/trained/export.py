@@ -1,0 +1,298 @@
+"""Trained nets as files that others run: ONNX, a program of torch.export, or safetensors.
+
+    alexnet-ddp export MODEL --format onnx|torch-export|safetensors [--half] [--dynamic-batch] [--out FILE]
+
+    from alexnet_ddp.trained.export import export
+    export(load_model("runs/alexnet_single"), Path("alexnet.onnx"), format="onnx")
+
+A file is written under another name, opened as its users will open it, and gets its own name when its logits are the
+checkpoint's (alexnet_ddp.trained.parity): no file that bears the name is half or wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from alexnet_ddp.checkpoint import files
+from alexnet_ddp.errors import EXIT_FINISHED, UserError
+from alexnet_ddp.models.weights import find
+from alexnet_ddp.trained import packed_weights, parity
+from alexnet_ddp.trained.exported import EXTRA, INPUT, OUTPUT, TOLD, ExportedNet, Precision, Told, onnx_runtime, quiet
+from alexnet_ddp.trained.model import Model, load_model
+from alexnet_ddp.trained.parity import HALF_TOLERANCE, TOLERANCE, Parity
+from alexnet_ddp.words import Parser
+
+Format = Literal["onnx", "torch-export", "safetensors"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
+ONNX_LARGEST = 2**31 - 2**20  # bytes of weights: a protobuf message ends at 2 GiB
+LEFT = 3600.0  # seconds after which what a killed export left behind is removed
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`path` holds the net, `bytes` long; `parity`: what was found before it got its name. `notes`: for people."""
+
+    path: Path
+    bytes: int
+    parity: Parity
+    notes: list[str]
+
+
+class _Graph(nn.Module):
+    """What is exported: the net with float32 in and out, whatever it computes in."""
+
+    def __init__(self, net: nn.Module, precision: Precision) -> None:
+        super().__init__()
+        self.net = net
+        self.dtype = torch.float16 if precision == "fp16" else torch.float32
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images.to(self.dtype)).float()
+
+
+def export(model: Model, out: Path, *, format: Format, precision: Precision = "fp32", batch: int | None = 1,
+           images: Sequence[str] = (), replace: bool = False, tolerance: float | None = None) -> Exported:
+    """Writes `model`, which must be on the CPU, to `out`, whole and with the checkpoint's logits or not at all.
+
+    batch      of the graph: so many images at a time; None: any number (of safetensors, which hold no graph, always)
+    precision  fp16: the graph's weights and sums; it takes and gives float32 all the same
+    images     pictures that parity is shown on, see parity.show
+    replace    a file that is there already
+    tolerance  of a logit; None: parity.TOLERANCE, for fp16 parity.HALF_TOLERANCE of the largest logit (at least of 1)
+
+    Raises UserError where the net can't be exported so, parity fails, the file can't be written or a package is
+    missing.
+    """
+    _check(model, out, format=format, precision=precision, replace=replace)
+    pixels, pictures, notes = parity.show(model, images)
+    if precision == "fp16":
+        parity.refuse_overflow(model, pixels)
+    told = Told.of(model, precision=precision)
+    fresh = out.with_name(f".tmp-{os.getpid()}-{out.name}")
+    _sweep(out)
+    try:
+        written = _write(model, fresh, format=format, told=told, batch=batch)
+        found = _parity(model, fresh, pixels=pixels, pictures=pictures, precision=precision, tolerance=tolerance)
+        if not found.holds:
+            raise UserError(f"The exported net isn't {model.where}: {found}. Nothing was kept."
+                            + (" Leave out --half." if precision == "fp16" else ""))
+        if out.exists() and not replace:
+            raise UserError(_exists(out))
+        os.replace(fresh, out)
+        files.sync_directory(out.parent)
+    except OSError as error:
+        raise UserError(f"{out} can't be written: {error.strerror or error}. Make room, or name another place.") from (
+            None)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return Exported(out, written, found, [*model.notes, *notes])
+
+
+def _check(model: Model, out: Path, *, format: Format, precision: Precision, replace: bool) -> None:
+    if isinstance(model.net, ExportedNet):
+        raise UserError(f"{model.where} is an exported net already. Name the run, the checkpoint or the file of "
+                        "weights that it was made of.")
+    suffix = SUFFIXES[format]
+    if out.suffix != suffix:
+        raise UserError(f"A net in the format {format} is a {suffix} file, by which it is known again; got {out}. "
+                        f"Name it {out.with_suffix(suffix)}.")
+    if out.is_dir() or (out.exists() and not replace):
+        raise UserError(_exists(out))
+    if model.quantization is not None and (format != "safetensors" or precision == "fp16"):
+        raise UserError(f"{model.where} is quantized: its layers are torchao's, which graphs don't have here, nor "
+                        "fp16. Export the net that it was made of, or use --format safetensors.")
+    if not out.parent.is_dir():
+        raise UserError(f"There is no folder {out.parent}. Make it, or name another.")
+    if format == "onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"--format onnx needs {error.name}, which isn't installed here. Get it: {EXTRA}") from None
+        onnx_runtime()
+        held = sum(tensor.nbytes for tensor in model.net.state_dict().values())
+        if held > ONNX_LARGEST:
+            raise UserError(f"{model.where} has {held / 2**30:.1f} GiB of weights, and an ONNX file holds 2 GiB. Use "
+                            "--format torch-export.")
+
+
+def _exists(out: Path) -> str:
+    return f"{out} is there already. Use --out for another name, or --force to replace it."
+
+
+def _sweep(out: Path) -> None:
+    """Removes what exports to this name have left that were killed."""
+    for left in out.parent.glob(f".tmp-*-{out.name}"):
+        try:
+            if time.time() - left.stat().st_mtime > LEFT:
+                left.unlink()
+        except OSError:
+            continue
+
+
+# --- formats ----------------------------------------------------------------------------------------------------
+
+
+def _write(model: Model, path: Path, *, format: Format, told: Told, batch: int | None) -> int:
+    """Writes and flushes the file; returns its size in bytes. Raises OSError, UserError."""
+    if format == "safetensors":
+        half = told.precision == "fp16"
+        return packed_weights.write(path, packed=told, tensors={
+            name: tensor.half() if half and tensor.is_floating_point() else tensor
+            for name, tensor in model.tensors().items()}).bytes
+    with quiet(), torch.no_grad():
+        program = _program(model, precision=told.precision, batch=batch)
+        data = _onnx(program, told) if format == "onnx" else _saved(program, told)
+    return files.write(path, pieces=[data]).bytes
+
+
+def _program(model: Model, *, precision: Precision, batch: int | None) -> ExportedProgram:
+    net = copy.deepcopy(model.net).to(memory_format=torch.contiguous_format)
+    graph = _Graph(net.half() if precision == "fp16" else net, precision).eval()
+    size = model.preprocessing.size
+    # torch takes an example of a single image, or of none, to mean that there is never another number.
+    example = torch.zeros(batch or 2, model.preprocessing.channels, size, size)
+    shapes = {INPUT: {0: Dim("batch", min=1)}} if batch is None else None
+    program = torch.export.export(graph, (example,), dynamic_shapes=shapes)
+    program.example_inputs = None  # they would be pickled into the file
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # lines of code, and the paths of this machine
+    return program
+
+
+def _onnx(program: ExportedProgram, told: Told) -> memoryview:
+    import onnx
+
+    made = torch.onnx.export(program, (), input_names=[INPUT], output_names=[OUTPUT], dynamo=True, external_data=False,
+                             verbose=False)
+    assert made is not None
+    proto = made.model_proto
+    onnx.helper.set_model_props(proto, told.metadata())
+    return memoryview(proto.SerializeToString())
+
+
+def _saved(program: ExportedProgram, told: Told) -> memoryview:
+    held = BytesIO()
+    torch.export.save(program, held, extra_files={TOLD: json.dumps(told.metadata())})
+    return held.getbuffer()
+
+
+def _parity(model: Model, path: Path, *, pixels: Tensor, pictures: str, precision: Precision,
+            tolerance: float | None) -> Parity:
+    """Of the file, opened as its users will open it."""
+    opened = load_model(path)
+    if (opened.preprocessing, opened.classes) != (model.preprocessing, tuple(model.classes)):
+        raise UserError(f"{path.name} doesn't hold the preprocessing and the classes of {model.where}.")
+    if tolerance is not None:
+        return parity.compare(model, opened.net, pixels=pixels, pictures=pictures, tolerance=tolerance)
+    if precision == "fp16":
+        return parity.compare(model, opened.net, pixels=pixels, pictures=pictures, tolerance=HALF_TOLERANCE,
+                              relative=HALF_TOLERANCE)
+    return parity.compare(model, opened.net, pixels=pixels, pictures=pictures, tolerance=TOLERANCE)
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def stem(spec: str, model: Model) -> str:
+    """What a model is called where nobody has said it: a run by its name, a file by its own, a net by its name."""
+    source = find(spec)
+    name = {"best": model.config.name, "checkpoint": model.config.name, "torchvision": source.name,
+            "net": source.name}.get(source.kind) or source.path.name.partition(".")[0]
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def parser() -> Parser:
+    from alexnet_ddp.trained.command import MODEL_HELP
+
+    made = Parser(prog="alexnet-ddp export", description="A trained net as a file that others run. Before it gets its "
+                  "name it is opened, and its logits are compared with the checkpoint's.")
+    made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("overrides", metavar="key=value", nargs="*", help="as in a recipe, where weights don't say it")
+    made.add_argument("--format", choices=get_args(Format), default="onnx", help="default: onnx")
+    made.add_argument("--half", action="store_true", help="weights and sums in fp16; it takes and gives float32 still")
+    made.add_argument("--dynamic-batch", action="store_true", help="any number of images at a time, not one")
+    made.add_argument("--out", metavar="FILE", help="default: the model's name, in this folder")
+    made.add_argument("--force", action="store_true", help="replace a file that is there already")
+    made.add_argument("--images", metavar="PLACE", nargs="+", default=[], help="pictures to show parity on: files, "
+                      "folders, tars (default: data.val, else drawn ones)")
+    made.add_argument("--tolerance", type=float, metavar="X", help="largest difference of a logit (default: "
+                      f"{TOLERANCE:g}; with --half {HALF_TOLERANCE:g} of the largest logit)")
+    made.add_argument("--repo", metavar="DIR", help="write the net (onnx, any batch) as the next version of a model in "
+                      "a repository of NVIDIA Triton Inference Server")
+    made.add_argument("--name", metavar="NAME", help="what the model is called there (default: the model's name)")
+    made.add_argument("--rollback", action="store_true", help="with --repo and --name, without MODEL: serve the "
+                      "version before the one that is served")
+    return made
+
+
+def main(words: list[str]) -> int:
+    if "--rollback" in words:
+        return _rollback(words)
+    options = parser().parse_intermixed_args(words)
+    if options.repo is None and options.name is not None:
+        raise UserError("--name is a model's in a repository: use it with --repo DIR, or --out FILE for a file.")
+    if options.repo is not None and (options.out or options.format != "onnx"):
+        raise UserError("A repository holds ONNX files under names and numbers of its own. With --repo leave out "
+                        "--out, and --format but for onnx.")
+    model = load_model(options.model, options.overrides)
+    if options.repo is not None:
+        return _publish(model, options)
+    out = Path(options.out or stem(options.model, model) + SUFFIXES[options.format])
+    if options.format == "safetensors" and options.dynamic_batch:
+        raise UserError("safetensors holds weights and no graph: any batch goes. Leave out --dynamic-batch.")
+    done = export(model, out, format=options.format, precision="fp16" if options.half else "fp32",
+                  batch=None if options.dynamic_batch else 1, images=options.images, replace=options.force,
+                  tolerance=options.tolerance)
+    tell(model, done)
+    return EXIT_FINISHED
+
+
+def _publish(model: Model, options: Namespace) -> int:
+    from alexnet_ddp.trained.repository import publish
+
+    done = publish(model, Path(options.repo), name=options.name or stem(options.model, model), images=options.images,
+                   precision="fp16" if options.half else "fp32", tolerance=options.tolerance)
+    tell(model, done.exported)
+    before = f", version {done.before} was before; --rollback goes back" if done.before else ""
+    print(f"{done.name}: version {done.version} is to be served{before}. A running server takes it when it is told to "
+          "load the model.")
+    return EXIT_FINISHED
+
+
+def _rollback(words: list[str]) -> int:
+    """Which needs no model, and no torch to speak of."""
+    from alexnet_ddp.trained.repository import rollback
+
+    made = Parser(prog="alexnet-ddp export", description="Back to the version before the one that is served.")
+    made.add_argument("--rollback", action="store_true")
+    made.add_argument("--repo", metavar="DIR", required=True)
+    made.add_argument("--name", metavar="NAME", required=True)
+    options = made.parse_args(words)
+    before, now = rollback(Path(options.repo), name=options.name)
+    print(f"{options.name}: version {now} is to be served, no longer version {before}, which is kept. A running server "
+          "takes it when it is told to load the model.")
+    return EXIT_FINISHED
+
+
+def tell(model: Model, done: Exported) -> None:
+    """What was written, for people."""
+    from alexnet_ddp.trained.command import tell_notes
+
+    tell_notes(done.notes)
+    print(f"{model.where} -> {done.path} ({done.bytes / 1e6:.2f} MB)")
+    print(f"parity: {done.parity}")
