@@ -85,6 +85,12 @@ REFUSED: dict[str, Case] = {
     "image too small": Case(_plain("augment.size=32"), ("at least 63 pixels", "augment.size"), new_run=True),
     "no GPU here": Case(_plain("device=cuda"), ("device=cuda asks for a GPU", "device=cpu")),
     "owner of odd shards": Case(_plain("data.assignment=owner", "data.shards=3"), ("Use data.shards=4",)),
+    "a sample alone in a batch norm": Case(
+        _plain("model.name=torchvision:shufflenet_v2_x0_5", "model.width=1", "augment.size=32", "micro_batch=1",
+               "data.assignment=owner"),
+        ("sees one value of each", "data.assignment=owner on 2 ranks makes some", "micro_batch"), new_run=True),
+    "a mean that never moves": Case(
+        _plain("ema.decay=0.9", "ema.steps=1000"), ("ema.steps must be at most", "got 1000"), new_run=True),
     "runs is a file": Case(_file_for_runs, ("can't be used", "runs=")),
 }
 

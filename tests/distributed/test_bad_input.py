@@ -44,7 +44,8 @@ def check_one_message(output: str, *says: str) -> None:
 
 # One of each kind; all of them, through torchrun and through our launcher, are drills.
 @pytest.mark.parametrize("what", ["unknown key", "wrong type", "missing training data", "empty class",
-                                  "wrong number of classes", "half a tar", "no GPU here", "image too small"])
+                                  "wrong number of classes", "half a tar", "no GPU here", "image too small",
+                                  "a sample alone in a batch norm"])
 def test_refused(recipe: Path, kept: Path, what: str) -> None:
     """Each mistake, in the restart of a run with checkpoints: said once by two ranks, code 2, the run as it was."""
     case, before = REFUSED[what], contents(kept)

@@ -73,10 +73,10 @@ def test_damaged_held_out_images_count_as_wrong(one_rank: Run) -> None:
     assert 0 < evaluation["loss"] < 5
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_world_size_changes_nothing(recipe: Path, one_rank: Run, world: int) -> None:
-    """2 and 3 ranks, micro-batches of 3: samples, losses, counts, weights and the list are those of one rank."""
-    run = Run(recipe, name=f"world{world}", world=world)
+def test_world_size_changes_nothing(recipe: Path, one_rank: Run) -> None:
+    """3 ranks, micro-batches of 3: samples, losses, counts, weights and the list are those of one rank (of 2 ranks: the
+    test below)."""
+    run = Run(recipe, name="world3", world=3)
     run.go("micro_batch=3").check()
     check_same(run, one_rank)
 
@@ -86,6 +86,7 @@ def test_killed_and_gone_on_with_on_the_same_ranks_and_on_others(recipe: Path, o
     its count all the same, whatever the dead ranks had met."""
     whole = Run(recipe, name="whole", world=2)
     whole.go().check()
+    check_same(whole, one_rank)
     run = Run(recipe, name="killed", world=2)
     killed = run.go("fault.kind=kill", "fault.step=9", "fault.rank=-1")
     assert set(killed.codes) == {-9}

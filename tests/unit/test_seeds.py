@@ -97,6 +97,18 @@ def test_print_config(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [one["seed"] for one in yaml.safe_load_all(capsys.readouterr().out)] == [0, 1, 2]
 
 
+def test_all_finished_is_a_report(recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+                                  ) -> None:
+    """Where all seeds are finished nothing is started, and the same command tells their mean."""
+    monkeypatch.setattr(seeds.Queue, "install", lambda self: self)  # the signals stay the tests'
+    monkeypatch.setattr(seeds.Queue, "run", lambda self, words: pytest.fail("a run was started"))
+    for config in three(recipe):
+        made(config, [0.5])
+    assert cli.main(["train", recipe, "seed=0,3,7"]) == 0
+    told = capsys.readouterr().out
+    assert told.count(" is finished\n") == 3 and "mean ± standard deviation, n = 3" in told
+
+
 # --- results ----------------------------------------------------------------------------------------------------
 
 
