@@ -24,6 +24,8 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   validate MODEL [data.val=...]       the same as evaluate
   predict MODEL IMAGE|FOLDER|TAR ...  the likeliest classes of photographs, as a table, JSON lines or CSV
   export MODEL --format F             a trained net as an ONNX file and the like, once its logits are the checkpoint's
+  quantize MODEL --scheme int8-...    int8 linear layers: accuracy, size and latency before and after
+  prune MODEL --amount 0.2            the least weights at zero, the same table; --finetune CONFIG trains it on
   models                              the nets there are;  models show NAME: layers, sizes, parameters, MACs
   compare MODEL [MODEL ...]           nets side by side: accuracy, size, latency, throughput, memory
   data index WHERE                    what lies in a folder, tar or shards
@@ -151,6 +153,22 @@ def export(words: list[str]) -> int:
     return command(words)
 
 
+def quantize(words: list[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    from alexnet_ddp.trained.quantization import main as command
+
+    return command(words)
+
+
+def prune(words: list[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    from alexnet_ddp.trained.pruning import main as command
+
+    return command(words)
+
+
 def doctor(words: list[str]) -> int:
     from launch.doctor import main as command
 
@@ -162,7 +180,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "submit": sub
                                                    "doctor": doctor, "models": models, "data": data, "demo": demo,
                                                    "export": export,
                                                    "compare": compare,
-                                                   "evaluate": evaluate, "validate": validate, "predict": predict}
+                                                   "evaluate": evaluate, "validate": validate, "predict": predict,
+                                                   "quantize": quantize, "prune": prune}
 
 
 def main(words: list[str] | None = None) -> int:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alexnet_ddp.errors import UserError
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Sparsity:
         return self.zeros / self.weights
 
 
-def layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def layers(net: nn.Module) -> Iterator[tuple[str, Layer]]:
     """The convolutional and linear layers by name."""
-    yield from ((name, module) for name, module in net.named_modules() if isinstance(module, KINDS))
+    yield from ((name, module) for name, module in net.named_modules() if isinstance(module, Layer))
 
 
 def sparsity(net: nn.Module) -> list[Sparsity]:
@@ -50,7 +50,6 @@ def keep_zeros(net: nn.Module) -> None:
     """
     for _, module in layers(net):
         weight = module.weight
-        assert isinstance(weight, Tensor)
         if weight.requires_grad:
             weight.register_hook(lambda gradient, weight=weight: torch.where(weight == 0, 0.0, gradient))
 

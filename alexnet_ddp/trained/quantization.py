@@ -11,17 +11,19 @@ and the convolutions nearly all of the work.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alexnet_ddp.errors import UserError
+from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.models.weights import Weights
-from alexnet_ddp.trained.model import Model
+from alexnet_ddp.trained.model import Model, load_model
 
 # int8-dynamic      weights int8, one scale a row (output); each forward rounds every sample's activations to int8, with
 #                   a scale of its own, and multiplies in int32
@@ -149,9 +151,58 @@ def _reduces_range(device: torch.device) -> bool:
 
 def _torchao() -> Any:
     """torchao's quantization, imported when it is needed. Raises UserError where it isn't installed."""
+    log = logging.getLogger("torch.utils._pytree")  # by which torch 2.14 tells of a habit of torchao 0.18 at import
+    log.addFilter(_nothing)
     try:
         from torchao import quantization
     except ImportError:
         raise UserError("Quantized nets need torchao, which isn't installed: pip install 'alexnet-ddp[quantize]'"
                         ) from None
+    finally:
+        log.removeFilter(_nothing)
     return quantization
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def main(words: list[str]) -> int:
+    """`alexnet-ddp quantize`. Raises UserError."""
+    from alexnet_ddp.trained import command, packed_weights, shrinkage
+
+    parser = command.parser("quantize", "A net with int8 linear layers: its accuracy on data.val, size and latency "
+                            "beside those of the net as it is.")
+    parser.add_argument("--scheme", required=True, choices=SCHEMES, help="int8-dynamic: weights and, at each forward, "
+                        "activations; int8-weight-only: weights alone")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write it: a .safetensors file, a MODEL of its own")
+    options = parser.parse_intermixed_args(words)
+    device = shrinkage.one_process("quantize", options.device)
+    if options.out is not None:
+        packed_weights.check_path(options.out)
+    model = load_model(options.model, options.overrides, device=device)
+    print(f"{model.where}: {options.scheme}", flush=True)
+    command.tell_notes(model.notes)
+    smaller = quantize(model, scheme=options.scheme)
+    models = [("as it is", model), (options.scheme, smaller)]
+    measured = shrinkage.measure(models)
+    if (after := measured[1].evaluation) is not None:
+        smaller.facts["top1"] = after.top1
+    print("\n".join(["", shrinkage.table(measured), "", *shrinkage.conditions(measured, models), "",
+                     *told(layers_of(smaller.net))]))
+    shrinkage.keep(smaller, options.out)
+    return EXIT_FINISHED
+
+
+def told(layers: Layers) -> list[str]:
+    """What is int8 and what isn't: lines for people. Pure."""
+    lines = [f"int8: {layers.int8:,} of {layers.parameters:,} parameters ({layers.share:.1%}), the weights of "
+             f"{', '.join(layers.quantized)}; their biases stay floating-point"]
+    if layers.floating:
+        lines += ["stayed floating-point, because torchao's int8 schemes take linear layers alone (the dynamic "
+                  "quantization of older tutorials skips convolutions too, and doesn't say so):",
+                  *(f"  {name}: {kind}, {count:,} parameters" for name, kind, count in layers.floating)]
+    return lines

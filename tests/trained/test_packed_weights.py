@@ -57,7 +57,8 @@ def test_a_run_goes_through_a_file(trained: Trained, tmp_path: Path) -> None:
     weights = read_weights(str(path))
     assert weights.facts["top1"] == model.facts["top1"] and weights.facts["path"] == str(path)
     assert weights.recipe == model.config.model_dump(mode="json")
-    fresh = load_model("alexnet_single", [f"model.num_classes={model.num_classes}", f"augment.size={model.preprocessing.size}",
+    fresh = load_model("alexnet_single", [f"model.num_classes={model.num_classes}",
+                                          f"augment.size={model.preprocessing.size}",
                                           f"model.width={model.config.model.width}"]).net
     assert put_into(fresh, weights) == []
     assert all(torch.equal(tensor, model.net.state_dict()[name]) for name, tensor in fresh.state_dict().items())

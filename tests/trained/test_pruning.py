@@ -1,0 +1,108 @@
+"""Pruned nets: which weights, on what share, what is refused, and the command with training on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet_ddp import load_model
+from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
+from alexnet_ddp.models import sparsity
+from alexnet_ddp.trained.pruning import prune, tuning
+from alexnet_ddp.trained.quantization import quantize
+from trained_nets import Trained, command
+
+SMALL = ["model.width=0.125", "model.num_classes=5", "augment.size=64"]
+
+
+def test_the_smallest_of_all_weights() -> None:
+    """A share of all weights together: those below one threshold are zero, the others are as they were, as are biases;
+    the model itself stays."""
+    model = load_model("alexnet_bn", SMALL)
+    whole = {name: tensor.clone() for name, tensor in model.net.state_dict().items()}
+    pruned = prune(model, amount=0.3)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.net.state_dict().items())
+    assert pruned.net.state_dict().keys() == whole.keys()
+    weights = torch.cat([module.weight.flatten().abs() for _, module in sparsity.layers(model.net)])
+    limit = weights.kthvalue(round(0.3 * len(weights))).values
+    for name, tensor in pruned.net.state_dict().items():
+        pruned_here = name in {f"{layer}.weight" for layer, _ in sparsity.layers(model.net)}
+        expected = torch.where(whole[name].abs() <= limit, 0, whole[name]) if pruned_here else whole[name]
+        assert torch.equal(tensor, expected), name
+    assert sparsity.overall(sparsity.sparsity(pruned.net)).share == pytest.approx(0.3, abs=1e-5)
+    assert pruned.facts["pruning"]["structure"] == "weights" and pruned.facts["top1"] is None
+
+
+def test_whole_channels() -> None:
+    """A quarter of each layer's output channels, those of the smallest sum of magnitudes; the last is whole."""
+    model = load_model("alexnet_single", SMALL)
+    pruned = prune(model, amount=0.25, structure="channels")
+    named = list(sparsity.layers(pruned.net))
+    for name, module in named[:-1]:
+        size = model.net.get_submodule(name).weight.flatten(1).abs().sum(1)
+        least = set(size.argsort()[:round(0.25 * len(size))].tolist())
+        assert set((module.weight.flatten(1) == 0).all(1).nonzero().flatten().tolist()) == least, name
+    assert not (named[-1][1].weight == 0).any()
+
+
+@pytest.mark.parametrize("amount", [0.0, 1.0, 1.5, -0.1, float("nan")])
+def test_amounts_that_are_none(amount: float) -> None:
+    """Are refused, with an example."""
+    with pytest.raises(UserError, match="between 0 and 1.*--amount 0.2"):
+        prune(load_model("alexnet_single", SMALL), amount=amount)
+
+
+def test_what_cannot_be_pruned() -> None:
+    """A quantized net, one without layers of weights, a share that leaves a layer nothing."""
+    model = load_model("alexnet_single", SMALL)
+    with pytest.raises(UserError, match="quantize the result"):
+        prune(quantize(model, scheme="int8-weight-only"), amount=0.2)
+    with pytest.raises(UserError, match="neither convolutions"):
+        prune(replace(model, net=torch.nn.ReLU()), amount=0.2)
+    with pytest.raises(UserError, match="none of the 16 channels of features.block1"):
+        prune(model, amount=0.99, structure="channels")
+
+
+def test_a_pruned_net_can_be_quantized(tmp_path: Path) -> None:
+    """Its zeros are zero in int8, too, and both files say what was done."""
+    pruned = prune(load_model("alexnet_single", SMALL), amount=0.4)
+    smaller = quantize(pruned, scheme="int8-weight-only")
+    name = "classifier.1"
+    assert not smaller.net.get_submodule(name).weight.qdata[pruned.net.get_submodule(name).weight == 0].any()
+    smaller.save(tmp_path / "small.safetensors")
+    assert load_model(tmp_path / "small.safetensors").facts["made_from"]["pruning"]["amount"] == 0.4
+
+
+def test_the_recipe_of_training_on() -> None:
+    """Its own name, the pruned weights, their zeros kept; what that sets can't be set."""
+    config = tuning("configs/demo.yaml", ["epochs=3", "runs=/x"])
+    assert (config.name, config.init_from, config.sparsity) == ("demo-pruned", "/x/demo-pruned-start.safetensors",
+                                                                "keep")
+    with pytest.raises(UserError, match="init_from, sparsity"):
+        tuning("configs/demo.yaml", ["sparsity=free", "init_from=x"])
+
+
+def test_prune_train_on_and_evaluate(trained: Trained, tmp_path: Path) -> None:
+    """The command, from a run to a file: three rows of measurements, zeros as many as were pruned, a file that opens
+    with the run's classes and the told accuracy. The same command goes on (here: is finished) and makes no new run."""
+    out = tmp_path / "sparse.safetensors"
+    words = ["prune", trained.run, "--amount", "0.5", "--finetune", trained.run / "config.yaml", f"runs={tmp_path}",
+             "name=sparse", "epochs=1", "evaluate.epochs=1", "schedule.warmup_epochs=0", "optim.lr=0.002"]
+    done = command(*words, "--out", out)
+    assert done.returncode == EXIT_FINISHED, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    names = [row[1].strip() for row in rows]
+    assert {"as it is", "pruned", "trained on"} < set(names)
+    whole = rows[names.index("all")]
+    assert float(whole[4]) == pytest.approx(50, abs=0.01)
+    model, before = load_model(out), load_model(trained.run)
+    assert sparsity.overall(sparsity.sparsity(model.net)).share == pytest.approx(0.5, abs=1e-4)
+    assert (model.classes, model.preprocessing) == (before.classes, before.preprocessing)
+    assert f"{100 * model.facts['top1']:.2f}" == rows[names.index("trained on")][2].strip()
+    assert re.search(r"exact: |begins with the weights of .*sparse-start", done.stdout + done.stderr)
+    again = command(*words, "--out", out)
+    assert again.returncode == EXIT_USER and "exists already" in again.stderr
