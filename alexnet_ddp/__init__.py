@@ -6,7 +6,7 @@ Importing this package imports no torch, so that `--help` and `submit` answer at
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "load_model"]
+__all__ = ["__version__", "create_model", "load_model", "read_features"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from alexnet_ddp.trained.model import load_model
 
         return load_model
+    if name == "read_features":
+        from alexnet_ddp.trained.feature_file import read_features
+
+        return read_features
     raise AttributeError(f"module 'alexnet_ddp' has no attribute {name!r}")

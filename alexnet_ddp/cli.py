@@ -26,6 +26,8 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   export MODEL --format F             a trained net as an ONNX file and the like, once its logits are the checkpoint's
   quantize MODEL --scheme int8-...    int8 linear layers: accuracy, size and latency before and after
   prune MODEL --amount 0.2            the least weights at zero, the same table; --finetune CONFIG trains it on
+  features MODEL DATA --layer fc7 --out FILE   what a layer makes of photographs, for other learners; a linear probe
+  visualize RUN                       first-layer kernels, training curves and worst mistakes as pictures
   models                              the nets there are;  models show NAME: layers, sizes, parameters, MACs
   compare MODEL [MODEL ...]           nets side by side: accuracy, size, latency, throughput, memory
   data index WHERE                    what lies in a folder, tar or shards
@@ -169,6 +171,22 @@ def prune(words: list[str]) -> int:
     return command(words)
 
 
+def features(words: list[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    from alexnet_ddp.trained.feature_command import main as command
+
+    return command(words)
+
+
+def visualize(words: list[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    from alexnet_ddp.trained.gallery_command import main as command
+
+    return command(words)
+
+
 def doctor(words: list[str]) -> int:
     from launch.doctor import main as command
 
@@ -181,7 +199,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "submit": sub
                                                    "export": export,
                                                    "compare": compare,
                                                    "evaluate": evaluate, "validate": validate, "predict": predict,
-                                                   "quantize": quantize, "prune": prune}
+                                                   "quantize": quantize, "prune": prune,
+                                                   "features": features, "visualize": visualize}
 
 
 def main(words: list[str] | None = None) -> int:

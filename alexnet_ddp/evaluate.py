@@ -68,16 +68,20 @@ def works(samples: int, *, batch: int, rank: int, world: int, choose: Sequence[C
 
     Each sample has a row for each view of `choose`, one after the other.
     """
-    shown = len(choose)
     fetches = -(-tiles_of(samples) // batch)
     for turn in range(-(-fetches // world)):
         fetch = turn * world + rank
-        first = min(fetch * batch, tiles_of(samples))
-        last = min(first + batch, tiles_of(samples))
-        ids = np.arange(first * TILE, last * TILE, dtype=np.int64)
-        inside = np.repeat(ids < samples, shown)
-        yield Work(step=first, micro=0, micros=1, samples=np.where(inside, np.repeat(ids, shown), 0),
-                   choose=lambda row: choose[row % shown], mask=inside)
+        yield work(range(fetch * batch, (fetch + 1) * batch), samples=samples, choose=choose)
+
+
+def work(numbers: range, *, samples: int, choose: Sequence[ChooseView]) -> Work:
+    """A fetch of the tiles of these numbers, in a row; those beyond the data are left out."""
+    shown = len(choose)
+    first, last = (min(number, tiles_of(samples)) for number in (numbers.start, numbers.stop))
+    ids = np.arange(first * TILE, last * TILE, dtype=np.int64)
+    inside = np.repeat(ids < samples, shown)
+    return Work(step=first, micro=0, micros=1, samples=np.where(inside, np.repeat(ids, shown), 0),
+                choose=lambda row: choose[row % shown], mask=inside)
 
 
 def evaluates_squashed(section: EvaluateSection, augment: AugmentSection) -> bool:

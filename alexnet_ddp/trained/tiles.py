@@ -10,7 +10,7 @@ data end, so that what comes out doesn't hang on who computed it or on what was 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,7 @@ from alexnet_ddp.data.loader import Batch, Loader
 from alexnet_ddp.data.records import Records, StoredRecords
 from alexnet_ddp.data.transfer import Transfer
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.evaluate import TILE, works
+from alexnet_ddp.evaluate import TILE, work, works
 from alexnet_ddp.trained import classes
 from alexnet_ddp.trained.model import Model
 
@@ -59,7 +59,7 @@ def open_source(place: str, model: Model, *, stored: str | None = None) -> Sourc
     """
     index = open_index(place)
     try:
-        wanted = stored or (model.config.data.stored if index.stage == "original" else index.stage)
+        wanted = stored or stage_of(index, model)
         if model.classes:
             return Source(index, classes.mapped(index.labels, of=index.classes, to=model.classes, source=place),
                           wanted)
@@ -71,6 +71,11 @@ def open_source(place: str, model: Model, *, stored: str | None = None) -> Sourc
     except BaseException:
         index.close()
         raise
+
+
+def stage_of(index: Index, model: Model) -> str:
+    """The stage that photographs are brought to before the net sees them: as the recipe trained on, a pack as it is."""
+    return model.config.data.stored if index.stage == "original" else index.stage
 
 
 @dataclass
@@ -98,19 +103,21 @@ class Tile:
 
 
 def tiles(model: Model, source: Source, *, rank: int = 0, world: int = 1, crops: int = 1, batch: int = 4,
-          threads: int | None = None, decoder: str | None = None) -> Iterator[Tile]:
+          threads: int | None = None, decoder: str | None = None, only: Iterable[range] | None = None
+          ) -> Iterator[Tile]:
     """This rank's tiles, `batch` of them decoded at a time on `threads` (default: its cores), in order of samples.
 
+    `only`: the tiles of these numbers instead (of tile, from 0), a range of at most `batch` at a time.
     Damaged images are told of in their tile, never raised. Raises Unreadable, and UserError where the decoder that the
     run was pinned to isn't here.
     """
     return tiles_of_records(model, StoredRecords(source.index, source.stored), source.labels, rank=rank, world=world,
-                            crops=crops, batch=batch, threads=threads, decoder=decoder)
+                            crops=crops, batch=batch, threads=threads, decoder=decoder, only=only)
 
 
 def tiles_of_records(model: Model, records: Records, labels: NDArray[np.int32], *, rank: int = 0, world: int = 1,
-                     crops: int = 1, batch: int = 4, threads: int | None = None,
-                     decoder: str | None = None) -> Iterator[Tile]:
+                     crops: int = 1, batch: int = 4, threads: int | None = None, decoder: str | None = None,
+                     only: Iterable[range] | None = None) -> Iterator[Tile]:
     """`tiles` of any records; `labels` [records]."""
     choose, device = model.preprocessing.choose(crops=crops), model.device
     shown, size, channels = len(choose), model.preprocessing.size, model.preprocessing.channels
@@ -118,7 +125,8 @@ def tiles_of_records(model: Model, records: Records, labels: NDArray[np.int32], 
     crop = "squash" if model.preprocessing.short is None else "center"
     shape = slot_shape(records.stage, crop=crop, size=size, channels=channels, whole=False)
     transfer = Transfer(device, is_raw=is_raw, size=size, channels=channels)
-    fetches = works(len(labels), batch=batch, rank=rank, world=world, choose=choose)
+    fetches = (works(len(labels), batch=batch, rank=rank, world=world, choose=choose) if only is None else
+               (work(numbers, samples=len(labels), choose=choose) for numbers in only))
     with Loader(records, labels, model.preprocessing.decoder(decoder or model.config.data.decoder),
                 rows=batch * TILE * shown, shape=shape, threads=threads or usable_cores(), prefetch=PREFETCH,
                 pin=device.type == "cuda", on_error="skip") as loader:
