@@ -38,7 +38,8 @@ from alexnet_ddp.data.index import Index
 from alexnet_ddp.errors import UserError
 
 FORMAT = "alexnet-ddp features 1"
-DTYPES = {"float32": ("F32", np.dtype(np.float32)), "float16": ("F16", np.dtype(np.float16))}
+DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {"float32": ("F32", np.dtype(np.float32)),
+                                                "float16": ("F16", np.dtype(np.float16))}
 NAMED = 1000  # damaged images that the metadata list with their reasons
 HEADER_LIMIT = 100_000_000  # bytes, of the safetensors format
 

@@ -9,7 +9,7 @@ are put together into one file. No more than a part is held in memory.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -137,7 +137,7 @@ def _verifies(work: Work, number: int) -> bool:
 
 
 def _computed(work: Work, model: Model, source: Source, numbers: list[int], *, threads: int
-              ) -> Iterator[tuple[int, Part]]:
+              ) -> Generator[tuple[int, Part], None, None]:
     """The parts of these numbers, in turn."""
     def fetches() -> Iterator[range]:
         for number in numbers:

@@ -17,6 +17,7 @@ from torch import nn
 
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.evaluate import TILE
+from alexnet_ddp.trained import classes as names
 from alexnet_ddp.trained.model import Model
 from alexnet_ddp.trained.tiles import Source, tiles
 
@@ -164,7 +165,7 @@ class Mistake:
 
 def worst_mistakes(model: Model, source: Source, outcomes: Outcomes, *, most: int = 20) -> list[Mistake]:
     """The images that the net is wrong about, highest loss first (equal ones by their ids); no damaged ones."""
-    spoken = model.spoken
+    spoken = model.spoken if model.classes else names.spoken(source.index.classes)
     wrong = np.flatnonzero((outcomes.predictions != outcomes.labels) & (outcomes.predictions >= 0))
     order = wrong[np.argsort(-outcomes.losses[wrong], kind="stable")][:most]
     return [Mistake(sample, source.index.name(sample), spoken[outcomes.labels[sample]],

@@ -94,7 +94,8 @@ def main(words: list[str]) -> int:
     run = {"best": source.path, "checkpoint": source.path.parent.parent}.get(source.kind)
     if run is not None and not (run / "metrics.jsonl").is_file():
         run = None  # a checkpoint by itself
-    if options.out is None and run is None:
+    out = options.out or (run / FOLDER if run is not None else None)
+    if out is None:
         raise UserError(f"{options.model} is no run directory: say with --out DIR where its pictures are to go. Its "
                         "kernels can be drawn; training curves are a run's.")
     gallery.require_matplotlib()
@@ -109,7 +110,7 @@ def main(words: list[str]) -> int:
         if options.mistakes and (data is None or data == NOWHERE):
             data = None
             command.tell_notes(["no mistakes shown: no held-out photographs are known; name them with data.val=..."])
-        drawn = visualize(model, run, out=options.out or run / FOLDER, kind=options.format, most=options.mistakes,
+        drawn = visualize(model, run, out=out, kind=options.format, most=options.mistakes,
                           data=data)
     print("\n".join(f"{name:<9} {path}" for name, path in drawn.items()))
     return EXIT_FINISHED

@@ -284,6 +284,7 @@ def test_linear_probe(trained: Trained, val_file: Path, tmp_path: Path, capsys: 
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     train_file = extract(trained, trained.data / "train", tmp_path / "train.safetensors")
     assert cli.main(["features", str(trained.run), str(trained.val), "--layer", "fc7", "--out", str(val_file),
@@ -293,7 +294,8 @@ def test_linear_probe(trained: Trained, val_file: Path, tmp_path: Path, capsys: 
     probe = linear_probe(train, val)
     assert probe.told in said and (probe.samples, probe.trained_on, probe.classes) == (len(val), len(train), 4)
     reference = make_pipeline(StandardScaler(), LogisticRegression(C=probe.c, max_iter=200))
-    reference.fit(np.array(train.features), train.labels)
+    with threadpool_limits(1):
+        reference.fit(np.array(train.features), train.labels)
     assert probe.accuracy == reference.score(np.array(val.features), val.labels) > 0.5
     other = tmp_path / "other.safetensors"
     assert cli.main(["features", str(trained.run), str(trained.val), "--layer", "fc6", "--out", str(other),

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from alexnet_ddp.trained.evaluation import evaluate_model
 from torch import nn
 
 from alexnet_ddp import cli, load_model
@@ -16,6 +15,7 @@ from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 from alexnet_ddp.models import create_model
 from alexnet_ddp.sinks import read_records
 from alexnet_ddp.trained import gallery
+from alexnet_ddp.trained.evaluation import evaluate_model
 from alexnet_ddp.trained.tiles import open_source, tiles
 from trained_nets import Trained
 
@@ -123,7 +123,7 @@ def test_the_command_on_others(trained: Trained, tmp_path: Path, monkeypatch: py
     matplotlib and the folder that pictures are to go to."""
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes((trained.run / "best.safetensors").read_bytes())
-    told = ["model.name=alexnet_single", "model.width=0.125", "augment.size=64"]
+    told = ["model.name=alexnet_single", "model.width=0.25", "model.num_classes=4", "augment.size=64"]
 
     def said(*words: str, code: int) -> str:
         assert cli.main(["visualize", *words, "--device", "cpu"]) == code
