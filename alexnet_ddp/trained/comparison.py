@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from alexnet_ddp import tables
+from alexnet_ddp import plots, tables
 from alexnet_ddp.amounts import human_bytes
 from alexnet_ddp.cores import usable_cores
 from alexnet_ddp.errors import EXIT_FINISHED, OutOfMemory, UserError
@@ -226,7 +226,7 @@ def main(words: list[str]) -> int:
     overrides = [word for word in options.models if OVERRIDE.match(word) and not Path(word).exists()]
     specs = [word for word in options.models if word not in overrides]
     if options.plot:
-        scatter.check(options.plot)
+        plots.check(options.plot, flag=scatter.FLAG)
     found = compare(specs, overrides, device=options.device, threads=options.threads, seconds=options.seconds,
                     rounds=options.rounds, train_batch=options.train_batch,
                     say=lambda line: print(line, file=sys.stderr, flush=True))

@@ -64,7 +64,7 @@ def test_models_named_twice_are_measured_once(trained: Trained) -> None:
     (["alexnet_bn", "--threads", "0"], "--threads must be at least 1"),
     (["augment.size=64"], "one MODEL or more"),
     (["alexnet_bn", "--plot", "picture.pdf"], ".png or .svg"),
-    (["alexnet_bn", "--plot", "/nowhere/picture.png"], "no folder"),
+    (["alexnet_bn", "--plot", "/nowhere/picture.png"], "can't be written"),
 ])
 def test_mistakes_are_told_before_anything_is_measured(words: list[str], told: str,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
