@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from alexnet_ddp import load_model
-from alexnet_ddp.errors import UserError
+from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.models.weights import put_into, read_weights
 from alexnet_ddp.trained import quantization
 from alexnet_ddp.trained.quantization import SCHEMES, layers_of, quantize
+from trained_nets import Trained, command
 
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
 SMALL = ["model.width=0.125", "model.num_classes=5", "augment.size=64"]
@@ -82,3 +83,19 @@ def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(UserError, match=r"alexnet-ddp\[quantize\]"):
         quantization.quantize(model, scheme=SCHEMES[0])
+
+
+def test_the_command(trained: Trained, tmp_path: Path) -> None:
+    """Of a run: two rows with the run's own accuracy in the first, what stayed floating-point, a file that knows the
+    run's classes and the accuracy that was told."""
+    out = tmp_path / "small.safetensors"
+    done = command("quantize", trained.run, "--scheme", "int8-dynamic", "--out", out)
+    assert done.returncode == EXIT_FINISHED, done.stderr
+    rows = {cells[1].strip(): cells for cells in map(lambda line: line.split("|"), done.stdout.splitlines())
+            if len(cells) > 6}
+    before, after = load_model(trained.run), load_model(out)
+    assert rows["as it is"][2].strip() == f"{100 * before.facts['top1']:.2f}"
+    assert rows["int8-dynamic"][2].strip() == f"{100 * after.facts['top1']:.2f}"
+    assert (after.classes, after.preprocessing) == (before.classes, before.preprocessing)
+    assert "stayed floating-point" in done.stdout and "features.block5.conv: Conv2d" in done.stdout
+    assert "deprecated" not in done.stderr
