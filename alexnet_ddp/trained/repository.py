@@ -16,13 +16,14 @@ import contextlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.trained.export import Exported, export
+from alexnet_ddp.trained.export import LEFT, Exported, export
 from alexnet_ddp.trained.exported import INPUT, OUTPUT, Precision
 from alexnet_ddp.trained.model import Model
 
@@ -54,6 +55,9 @@ def publish(model: Model, repository: Path, *, name: str, precision: Precision =
     staged = folder / f".tmp-{os.getpid()}"
     try:
         staged.mkdir(parents=True)
+        for left in folder.glob(".tmp-*/"):  # of exports that were killed
+            if time.time() - left.stat().st_mtime > LEFT:
+                shutil.rmtree(left, ignore_errors=True)
         done = export(model, staged / NET, format="onnx", precision=precision, batch=None, images=images,
                       tolerance=tolerance)
         if not (folder / LABELS).is_file():

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,8 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with the way out, before a net is made where that is possible."""
     def refused(*words: object) -> str:
         assert cli.main(["export", *map(str, words)]) == EXIT_USER
@@ -171,6 +173,12 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "Name the run" in refused(out, "--format", "torch-export", "--out", tmp_path / "x.pt2")
     with pytest.raises(UserError, match="doesn't give its weights away"):
         read_weights(str(out))
+    quantized = narrow("alexnet_bn")
+    quantized.quantization = {}
+    with pytest.raises(UserError, match="is quantized"):
+        export(quantized, tmp_path / "net.onnx", format="onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "pip install 'alexnet-ddp[export]'" in refused("alexnet_bn", *NARROW, "--out", tmp_path / "net.onnx")
 
 
 def test_files_of_others_and_torn_ones(tmp_path: Path) -> None:
