@@ -25,7 +25,7 @@ from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.models import zoo
 from alexnet_ddp.models.recipe import create_for
-from alexnet_ddp.models.weights import EXPORTED, Source, Weights, find, put_into, read_weights
+from alexnet_ddp.models.weights import EXPORTED, Source, Weights, find, last_layer, put_into, read_weights
 from alexnet_ddp.runfiles import CLASSES
 from alexnet_ddp.trained import classes as names
 from alexnet_ddp.trained import packed_weights
@@ -206,8 +206,10 @@ def _tree(weights: Weights, overrides: Sequence[str]) -> dict[str, Any]:
                         "(and model.width and the like, where they aren't the defaults).")
     if name not in zoo.names() and zoo.TORCHVISION + name in zoo.names():
         name = zoo.TORCHVISION + name  # as PyTorch's ImageNet example names its nets
-    last = list(weights.tensors.values())[-1]
-    tree: dict[str, Any] = {"model": {"name": name, "num_classes": last.shape[0] if last.ndim else 1000}}
+    with torch.device("cpu" if "regnet" in name else "meta"):  # RegNets compute their widths with tensors
+        bias = last_layer(zoo.create_model(name))[-1]  # files keep tensors in any order
+    found = weights.tensors.get(bias, torch.empty(1000))
+    tree: dict[str, Any] = {"model": {"name": name, "num_classes": found.shape[0] if found.ndim else 1000}}
     if name.startswith(zoo.TORCHVISION):
         told_by = _transforms(name.removeprefix(zoo.TORCHVISION))
         tree["augment"] = {"size": told_by.crop_size[0], "mean": list(told_by.mean), "std": list(told_by.std)}
