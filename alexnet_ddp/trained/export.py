@@ -112,9 +112,13 @@ def _check(model: Model, out: Path, *, format: Format, precision: Precision, rep
                         f"Name it {out.with_suffix(suffix)}.")
     if out.is_dir() or (out.exists() and not replace):
         raise UserError(_exists(out))
-    if model.quantization is not None and (format != "safetensors" or precision == "fp16"):
-        raise UserError(f"{model.where} is quantized: its layers are torchao's, which graphs don't have here, nor "
-                        "fp16. Export the net that it was made of, or use --format safetensors.")
+    scheme = None if model.quantization is None else model.quantization["scheme"]
+    if scheme is not None and precision == "fp16":
+        raise UserError(f"{model.where} is quantized ({scheme}), and what is left of it in floating-point stays fp32. "
+                        "Leave out --half.")
+    if scheme == "int8-dynamic" and format == "onnx":
+        raise UserError(f"{model.where} is quantized as {scheme}, whose int8 products torch's ONNX exporter doesn't "
+                        "know. Use --format torch-export, or quantize with --scheme int8-weight-only.")
     if not out.parent.is_dir():
         raise UserError(f"There is no folder {out.parent}. Make it, or name another.")
     if format == "onnx":

@@ -147,6 +147,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--nproc-per-node", "--nproc_per_node", metavar="N|auto", help="--finetune: on N ranks")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the result: a .safetensors file, a MODEL of "
                         "its own")
+    shrinkage.add_seconds(parser)
     options = parser.parse_intermixed_args(words)
     check_amount(options.amount)
     device = shrinkage.one_process("prune", options.device)
@@ -174,7 +175,7 @@ def main(words: list[str]) -> int:
             return code
         models.append(("trained on", tuned))
         result = tuned
-    measured = shrinkage.measure(models)
+    measured = shrinkage.measure(models, seconds=options.seconds)
     if (after := measured[-1].evaluation) is not None:
         result.facts["top1"] = after.top1
     print("\n".join(["", shrinkage.table(measured), "", *shrinkage.conditions(measured, models), "",

@@ -179,6 +179,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--scheme", required=True, choices=SCHEMES, help="int8-dynamic: weights and, at each forward, "
                         "activations; int8-weight-only: weights alone")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write it: a .safetensors file, a MODEL of its own")
+    shrinkage.add_seconds(parser)
     options = parser.parse_intermixed_args(words)
     device = shrinkage.one_process("quantize", options.device)
     if options.out is not None:
@@ -188,7 +189,7 @@ def main(words: list[str]) -> int:
     command.tell_notes(model.notes)
     smaller = quantize(model, scheme=options.scheme)
     models = [("as it is", model), (options.scheme, smaller)]
-    measured = shrinkage.measure(models)
+    measured = shrinkage.measure(models, seconds=options.seconds)
     if (after := measured[1].evaluation) is not None:
         smaller.facts["top1"] = after.top1
     print("\n".join(["", shrinkage.table(measured), "", *shrinkage.conditions(measured, models), "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 from collections.abc import Sequence
@@ -94,6 +95,11 @@ def keep(model: Model, out: Path | None) -> None:
         return
     model.save(out)
     print(f"written: {out}")
+
+
+def add_seconds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S",
+                        help=f"of timing, per net and batch (default: {SECONDS:g})")
 
 
 def one_process(name: str, device: str) -> torch.device:

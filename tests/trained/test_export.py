@@ -174,7 +174,7 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(UserError, match="doesn't give its weights away"):
         read_weights(str(out))
     quantized = narrow("alexnet_bn")
-    quantized.quantization = {}
+    quantized.quantization = {"scheme": "int8-dynamic"}
     with pytest.raises(UserError, match="is quantized"):
         export(quantized, tmp_path / "net.onnx", format="onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -92,7 +92,7 @@ def test_prune_train_on_and_evaluate(trained: Trained, tmp_path: Path) -> None:
     out = tmp_path / "sparse.safetensors"
     words = ["prune", trained.run, "--amount", "0.5", "--finetune", trained.run / "config.yaml", f"runs={tmp_path}",
              "name=sparse", "epochs=1", "evaluate.epochs=1", "schedule.warmup_epochs=0", "optim.lr=0.002"]
-    done = command(*words, "--out", out)
+    done = command(*words, "--seconds", 0.1, "--out", out)
     assert done.returncode == EXIT_FINISHED, done.stderr
     rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")]
     names = [row[1].strip() for row in rows]
@@ -104,5 +104,5 @@ def test_prune_train_on_and_evaluate(trained: Trained, tmp_path: Path) -> None:
     assert (model.classes, model.preprocessing) == (before.classes, before.preprocessing)
     assert f"{100 * model.facts['top1']:.2f}" == rows[names.index("trained on")][2].strip()
     assert re.search(r"exact: |begins with the weights of .*sparse-start", done.stdout + done.stderr)
-    again = command(*words, "--out", out)
+    again = command(*words, "--seconds", 0.1, "--out", out)
     assert again.returncode == EXIT_USER and "exists already" in again.stderr

@@ -89,7 +89,7 @@ def test_the_command(trained: Trained, tmp_path: Path) -> None:
     """Of a run: two rows with the run's own accuracy in the first, what stayed floating-point, a file that knows the
     run's classes and the accuracy that was told."""
     out = tmp_path / "small.safetensors"
-    done = command("quantize", trained.run, "--scheme", "int8-dynamic", "--out", out)
+    done = command("quantize", trained.run, "--scheme", "int8-dynamic", "--seconds", 0.1, "--out", out)
     assert done.returncode == EXIT_FINISHED, done.stderr
     rows = {cells[1].strip(): cells for cells in map(lambda line: line.split("|"), done.stdout.splitlines())
             if len(cells) > 6}
