@@ -23,7 +23,7 @@ usage: alexnet-ddp COMMAND ...        (the same as python -m alexnet_ddp COMMAND
   evaluate MODEL [data.val=...]       how often a trained net is right, exactly; --crops 10, --per-class, --confusion
   validate MODEL [data.val=...]       the same as evaluate
   predict MODEL IMAGE|FOLDER|TAR ...  the likeliest classes of photographs, as a table, JSON lines or CSV
-  export MODEL --format F             a trained net as an ONNX file and the like, once its logits are the checkpoint's
+  export MODEL [--format F]           a trained net as an ONNX file and the like, once its logits are the checkpoint's
   quantize MODEL --scheme int8-...    int8 linear layers: accuracy, size and latency before and after
   prune MODEL --amount 0.2            the least weights at zero, the same table; --finetune CONFIG trains it on
   features MODEL DATA --layer fc7 --out FILE   what a layer makes of photographs, for other learners; a linear probe
