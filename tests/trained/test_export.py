@@ -17,6 +17,7 @@ from alexnet_ddp.models.weights import read_weights
 from alexnet_ddp.trained import export as exporting
 from alexnet_ddp.trained.export import SUFFIXES, export
 from alexnet_ddp.trained.model import Model
+from alexnet_ddp.trained.quantization import quantize
 from alexnet_ddp.trained.tiles import open_source, tiles
 from trained_nets import Trained
 
@@ -55,6 +56,17 @@ def test_a_fixed_batch_takes_any_number(tmp_path: Path) -> None:
     shown = images(model, 7)
     assert opened.net.signature.batch == 3
     assert torch.allclose(opened.net(shown), model.net(shown), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("scheme", "form"), [("int8-weight-only", "onnx"), ("int8-dynamic", "torch-export")])
+def test_int8_nets_as_graphs(scheme: str, form: exporting.Format, tmp_path: Path) -> None:
+    """A quantized net keeps its logits in a graph that knows int8: they are its own, not those of the net before."""
+    before = narrow("alexnet_bn", "model.width=0.125")
+    model = quantize(before, scheme=scheme)
+    opened = load_model(export(model, tmp_path / f"net{SUFFIXES[form]}", format=form, batch=None).path)
+    shown = images(model, 7)
+    apart = (opened.net(shown) - model.net(shown)).abs().max()
+    assert apart < 1e-4 and apart < 0.1 * (opened.net(shown) - before.net(shown)).abs().max()
 
 
 def test_half(tmp_path: Path) -> None:
