@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from alexnet_ddp.errors import EXIT_INTERRUPTED, UserError
+from alexnet_ddp.errors import EXIT_FINISHED, EXIT_INTERRUPTED, UserError
 
 # Flags people know from other trainers, and what to write here.
 ELSEWHERE = {
@@ -43,7 +43,12 @@ class Parser(argparse.ArgumentParser):
 def answer(command: Callable[[list[str]], int], words: list[str]) -> int:
     """Runs a command and returns its exit code; a user's mistake is one clear message, once, on rank 0."""
     try:
-        return command(words)
+        code = command(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # ... | head: who reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FINISHED
     except KeyboardInterrupt:  # of a command that has nothing to save; training handles its own
         return EXIT_INTERRUPTED
     except UserError as error:

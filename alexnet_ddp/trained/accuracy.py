@@ -50,6 +50,8 @@ def main(words: list[str], *, name: str = "evaluate") -> int:
         model.preprocessing.choose(crops=options.crops)
         began = time.perf_counter()
         with first_on_node(world, lambda: open_held_out(model)) as source:
+            command.check_same(world, source.index.identity, f"{model.config.data.val} holds other images on some "
+                               "hosts than on others. Name data that all of them share.")
             outcomes = _evaluate(model, source, world, crops=options.crops)
             seconds = time.perf_counter() - began
             if world.rank == 0:

@@ -26,7 +26,7 @@ def imagenet() -> dict[str, str]:
 
 def spoken(classes: Sequence[str]) -> list[str]:
     """Names for people: those of ImageNet's where all classes are its WordNet ids, else the classes themselves."""
-    known = imagenet() if classes and classes[0].startswith("n0") else {}
+    known = imagenet() if classes and classes[0].startswith("n") else {}
     return [known[name] for name in classes] if all(name in known for name in classes) else list(classes)
 
 

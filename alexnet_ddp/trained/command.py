@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch.distributed as dist
+
 from alexnet_ddp import distributed
 from alexnet_ddp.cores import usable_cores
-from alexnet_ddp.distributed import World, everywhere
+from alexnet_ddp.distributed import World, first_on_node
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.trained.model import Model, load_model
 from alexnet_ddp.words import Parser
@@ -41,8 +43,20 @@ def group(device: str) -> Iterator[World]:
 
 
 def load_on_all(world: World, spec: str, overrides: Sequence[str]) -> Model:
-    """The model on every rank's device; a UserError of one is raised by all."""
-    return everywhere(world, lambda: load_model(spec, overrides, device=world.device))
+    """The model on every rank's device, fetched once a node. Raises UserError on all ranks alike, also where they have
+    read different weights: those of a run that is training, or files of their own."""
+    model = first_on_node(world, lambda: load_model(spec, overrides, device=world.device))
+    check_same(world, model.facts.get("sha256"), f"The ranks have read different weights of {spec}: it has changed "
+               "meanwhile, or the hosts have files of their own. Start again, or name a checkpoint (RUN@step_N).")
+    return model
+
+
+def check_same(world: World, value: object, otherwise: str) -> None:
+    """Raises UserError, `otherwise`, on all ranks where one has another value."""
+    told: list[object] = [None] * world.size
+    dist.all_gather_object(told, value, group=world.control)
+    if any(other != told[0] for other in told):
+        raise UserError(otherwise)
 
 
 def cores(world: World) -> int:
@@ -63,7 +77,7 @@ def on_ranks(name: str, words: Sequence[str], *, ranks: str) -> int:
     left, skip = [], False
     for word in words:
         flag, equals, _ = word.partition("=")
-        if flag.startswith("--nproc") and "--nproc-per-node".startswith(flag.replace("_", "-")):
+        if flag.startswith("--n") and "--nproc-per-node".startswith(flag.replace("_", "-")):  # argparse takes beginnings
             skip = not equals
         elif skip:
             skip = False

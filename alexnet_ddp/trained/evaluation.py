@@ -12,6 +12,7 @@ rank has those of all.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alexnet_ddp.distributed import World, everywhere
+from alexnet_ddp.errors import UserError
 from alexnet_ddp.evaluate import TILE, Evaluation, label_ranks, tiles_of
 from alexnet_ddp.trained.model import Model
 from alexnet_ddp.trained.tiles import Source, Tile, tiles
@@ -117,7 +119,15 @@ def evaluate_model(model: Model, source: Source, *, world: World | None = None, 
                 tick(min(TILE, max(0, len(source) - tile.first)))
         return reasons
 
-    reasons = work() if world is None else everywhere(world, work)
+    def told_at_once() -> dict[int, str]:
+        try:
+            return work()
+        except UserError as mistake:  # the others may be at it for long, and end this by their patience
+            if ranks > 1:
+                print(f"alexnet-ddp: rank {rank}: {mistake}", file=sys.stderr, flush=True)
+            raise
+
+    reasons = work() if world is None else everywhere(world, told_at_once)
     counted, judged = places.cpu(), whole.cpu()
     if world is not None:
         for results in (counted, judged):  # every tile has one owner; the others add zeros

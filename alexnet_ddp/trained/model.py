@@ -145,14 +145,17 @@ def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str |
 
         return open_exported(source, overrides, device)
     weights = read_weights(spec)
-    config = _config(recipes.apply_overrides(_tree(weights, overrides), overrides))
+    tree = _tree(weights, overrides)
+    config = _config(recipes.apply_overrides(tree, overrides))
     preprocessing = Preprocessing.of(config)
     notes = []
     if source.kind == "torchvision":
-        preprocessing, more = _torchvision_preprocessing(source.name, preprocessing)
+        theirs, more = _torchvision_preprocessing(source.name, preprocessing)
+        preprocessing = changed(theirs, before=_config(tree), now=config)
         notes += more
     if weights.packed is not None:
-        preprocessing = _packed_preprocessing(weights.packed, now=preprocessing, where=weights.where)
+        told = _packed_preprocessing(weights.packed, where=weights.where)
+        preprocessing = changed(told, before=_config(weights.packed.recipe), now=config)
     model = _model(config, weights, where=weights.where, notes=notes, device=device, preprocessing=preprocessing)
     model.classes = _classes(source, weights, config)
     if not model.classes:
@@ -184,15 +187,19 @@ def _model(config: Config, weights: Weights | None, *, where: str, notes: list[s
                  notes, device, how)
 
 
-def _packed_preprocessing(packed: Packed, *, now: Preprocessing, where: str) -> Preprocessing:
-    """That of the file, but for what overrides have changed in its recipe."""
+def _packed_preprocessing(packed: Packed, *, where: str) -> Preprocessing:
+    """That of the file."""
     try:
-        told = Preprocessing.from_plain(packed.preprocessing)
+        return Preprocessing.from_plain(packed.preprocessing)
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{where} tells of no preprocessing that is known here. Write it anew.") from None
-    before = Preprocessing.of(_config(packed.recipe))
-    return replace(told, **{each.name: getattr(now, each.name) for each in fields(now)
-                            if getattr(now, each.name) != getattr(before, each.name)})
+
+
+def changed(told: Preprocessing, *, before: Config, now: Config) -> Preprocessing:
+    """`told`, but for what differs between the recipes before and after overrides. Pure."""
+    old, new = Preprocessing.of(before), Preprocessing.of(now)
+    return replace(told, **{each.name: getattr(new, each.name) for each in fields(new)
+                            if getattr(new, each.name) != getattr(old, each.name)})
 
 
 def _tree(weights: Weights, overrides: Sequence[str]) -> dict[str, Any]:

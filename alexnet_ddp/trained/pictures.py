@@ -98,7 +98,7 @@ def find_pictures(places: Sequence[str], *, stored: str) -> Pictures:
 def _at(place: str) -> Iterator[Picture]:
     path = Path(place).expanduser()
     if path.is_file() and not path.name.lower().endswith((".tar", *HOW_TO_DECOMPRESS)):
-        yield Picture(place, str(path))
+        yield Picture(text(os.fsencode(place)), str(path))
     elif path.is_dir():
         if (path / MANIFEST).is_file() and read_packed(str(path)).side is not None:
             raise UserError(f"{place} is a pack of bare pixels (raw), which hold no pictures to open. Name the "
@@ -106,7 +106,7 @@ def _at(place: str) -> Iterator[Picture]:
         names = sorted(_files(path), key=_natural)
         shown = [name for name in names if is_image(os.fsencode(name))]
         for name in shown:
-            yield Picture(os.path.join(place, name), str(path / name))
+            yield Picture(text(os.fsencode(os.path.join(place, name))), str(path / name))
         if not shown:  # shards, or a pack of smaller JPEGs
             for name in names:
                 if name.lower().endswith(".tar"):

@@ -52,7 +52,8 @@ def _answers(model: Model, pictures: Pictures, *, top: int, crops: int) -> Itera
     spoken = model.spoken
     labels = model.classes or tuple(spoken)
     for tile in tiles_of_records(model, pictures, np.zeros(len(pictures), np.int32), crops=crops, batch=BATCH):
-        shares, numbers = (each.cpu() for each in model.probabilities(tile.images).topk(top, dim=1))
+        shares, numbers = model.probabilities(tile.images).cpu().sort(dim=1, descending=True, stable=True)
+        shares, numbers = shares[:, :top], numbers[:, :top]  # of equals the lower class, as in an evaluation
         finite = torch.isfinite(shares).all(1)
         for row in range(min(len(shares), len(pictures) - tile.first)):
             sample = tile.first + row

@@ -83,7 +83,7 @@ def _json_lines() -> Callable[[Answer], None]:
     def tell(answer: Answer) -> None:
         told = {"path": answer.where, "top": [{"class": guess.label, "name": guess.name,
                                                "probability": guess.probability} for guess in answer.guesses]}
-        print(json.dumps(told if answer.error is None else {"path": answer.where, "error": answer.error}))
+        print(json.dumps(told if answer.error is None else {"path": answer.where, "error": answer.error}), flush=True)
 
     return tell
 

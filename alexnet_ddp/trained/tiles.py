@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alexnet_ddp.cores import usable_cores
+from alexnet_ddp.data.decoding import views
 from alexnet_ddp.data.feed import slot_shape
 from alexnet_ddp.data.index import Index, open_index
 from alexnet_ddp.data.loader import Batch, Loader
@@ -123,7 +124,9 @@ def tiles_of_records(model: Model, records: Records, labels: NDArray[np.int32], 
     shown, size, channels = len(choose), model.preprocessing.size, model.preprocessing.channels
     is_raw = records.stage.kind == "raw"
     crop = "squash" if model.preprocessing.short is None else "center"
-    shape = slot_shape(records.stage, crop=crop, size=size, channels=channels, whole=False)
+    # torchvision's nets have short sides of their own: then raw records are resized, so all of their rows are needed
+    is_usual = model.preprocessing.short in (None, views.short_for(size))
+    shape = slot_shape(records.stage, crop=crop, size=size, channels=channels, whole=not is_usual)
     transfer = Transfer(device, is_raw=is_raw, size=size, channels=channels)
     fetches = (works(len(labels), batch=batch, rank=rank, world=world, choose=choose) if only is None else
                (work(numbers, samples=len(labels), choose=choose) for numbers in only))
