@@ -28,7 +28,7 @@ from PIL import Image
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does before it imports torch
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["alexnet_ddp.train", "alexnet_ddp.cli", "torch.utils.tensorboard", "yaml"])
+PRELOADED = ["alexnet_ddp.train", "alexnet_ddp.cli", "torch.utils.tensorboard", "yaml"]
 
 
 def free_port() -> int:
@@ -129,6 +129,8 @@ def start(words: list[str], *, world: int, environment: dict[str, str] | None = 
         place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
                  "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
+        # here, not at the import: the list is the whole process's, and other test files have lists of their own
+        _context.set_forkserver_preload(PRELOADED)
         process = _context.Process(target=_rank, args=(words, {**place}, str(output)))
         process.start()
         processes.append(process)

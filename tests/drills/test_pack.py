@@ -25,7 +25,7 @@ pytestmark = pytest.mark.drill
 KILLS = 20
 # One server imports all that is needed and forks the packs, so that kills strike the work and not Python's start.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["alexnet_ddp.data.packs.pack", "alexnet_ddp.cli"])
+PRELOADED = ["alexnet_ddp.data.packs.pack", "alexnet_ddp.cli"]
 
 
 def _pack(words: list[str], cache: str, output: str) -> None:
@@ -46,6 +46,7 @@ class Packs:
     words: list[str]
 
     def start(self, to: Path, *words: str) -> BaseProcess:
+        _context.set_forkserver_preload(PRELOADED)  # the whole process's, so not at the import, for other files' sake
         process = _context.Process(target=_pack, args=([self.words[0], str(to), *self.words[1:], *words],
                                                        str(self.folder / "cache"), str(self.folder / "said")))
         process.start()
