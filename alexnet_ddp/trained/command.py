@@ -77,7 +77,7 @@ def on_ranks(name: str, words: Sequence[str], *, ranks: str) -> int:
     left, skip = [], False
     for word in words:
         flag, equals, _ = word.partition("=")
-        if flag.startswith("--n") and "--nproc-per-node".startswith(flag.replace("_", "-")):  # argparse takes beginnings
+        if flag.startswith("--n") and "--nproc-per-node".startswith(flag.replace("_", "-")):  # or its beginning
             skip = not equals
         elif skip:
             skip = False
