@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from alexnet_ddp import config as recipes
 from alexnet_ddp.config import Config
@@ -103,14 +104,21 @@ class Queue:
         self.signal = ""  # name of the first stop signal that came
         self._pending: list[int] = []  # signals for a process that is being started
         self._process: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}  # the handlers that install() found
 
     def install(self) -> Queue:
         """Takes over the stop signals. An ignored HUP (nohup) stays ignored."""
         for name in SIGNALS:
             number = getattr(signal, f"SIG{name}")
             if not (name == "HUP" and signal.getsignal(number) == signal.SIG_IGN):
-                signal.signal(number, self._handle)
+                self._before[number] = signal.signal(number, self._handle)
         return self
+
+    def restore(self) -> None:
+        """Gives the stop signals back to the handlers that install() found."""
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that isn't Python's
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number).name[3:]

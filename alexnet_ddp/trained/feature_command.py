@@ -49,7 +49,7 @@ def main(words: list[str]) -> int:
             work = everywhere(world, lambda: plan(model, source, layer=options.layer, out=options.out,
                                                   dtype=options.dtype, part=options.part))
             if options.linear_probe:
-                everywhere(world, lambda: check_probe(options.linear_probe, work.task))
+                everywhere(world, lambda: check_probe(options.linear_probe, work.task, classes=source.index.classes))
             compute(work, model, source, world=world)
     if world.rank == 0:  # the others needn't wait for it
         print(told(work, assemble(work, source), source))

@@ -41,6 +41,7 @@ FORMAT = "alexnet-ddp features 1"
 DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {"float32": ("F32", np.dtype(np.float32)),
                                                 "float16": ("F16", np.dtype(np.float16))}
 NAMED = 1000  # damaged images that the metadata list with their reasons
+FRESH = ".tmp-"  # parts begin so before they have their names
 HEADER_LIMIT = 100_000_000  # bytes, of the safetensors format
 
 _KINDS = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "BOOL": np.bool_, "U8": np.uint8}
@@ -170,7 +171,7 @@ def write_part(folder: Path, number: int, part: Part, *, task: str) -> None:
     """
     metadata = {"task": task, "sha256": _sha256(part), "reasons": json.dumps(part.reasons)}
     tensors = {"features": torch.from_numpy(part.features), "whole": torch.from_numpy(part.whole)}
-    fresh = folder / f".tmp-{number:06d}-{secrets.token_hex(4)}"
+    fresh = folder / f"{FRESH}{number:06d}-{secrets.token_hex(4)}"
     files.write_tensors(fresh, tensors=tensors, metadata=metadata)
     os.replace(fresh, part_path(folder, number))
     files.sync_directory(folder)
@@ -242,8 +243,16 @@ def write_whole(path: Path, *, index: Index, task: dict[str, Any], dimension: in
         yield b"".join(rows.tobytes() for rows in whole)
         yield b"".join(names)
 
-    fresh = path.with_name(f".tmp-{path.name}")
-    written = files.write(fresh, pieces=pieces())
-    os.replace(fresh, path)
+    fresh = fresh_path(path)
+    try:
+        written = files.write(fresh, pieces=pieces())
+        os.replace(fresh, path)
+    finally:  # it would take the room that going on needs
+        fresh.unlink(missing_ok=True)
     files.sync_directory(path.parent)
     return written
+
+
+def fresh_path(path: Path) -> Path:
+    """Where `write_whole` writes before the file has its name; a kill leaves it there."""
+    return path.with_name(f".tmp-{path.name}")

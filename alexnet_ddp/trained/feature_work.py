@@ -17,7 +17,7 @@ from alexnet_ddp.amounts import human_bytes
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.evaluate import TILE
-from alexnet_ddp.trained.feature_file import DTYPES, Part, part_path, read_part, task_of
+from alexnet_ddp.trained.feature_file import DTYPES, FRESH, Part, fresh_path, part_path, read_part, task_of
 from alexnet_ddp.trained.layers import Layer, Tap, find_layer
 from alexnet_ddp.trained.model import Model
 from alexnet_ddp.trained.tiles import Source
@@ -109,7 +109,8 @@ def weights_id(model: Model) -> str:
 def prepare(work: Work) -> list[int] | None:
     """Parts that are there, as far as their names tell, in a folder made for them; None where the whole is done.
 
-    Raises UserError where other features are, or where there is no room.
+    Removes what a kill has left half written; no other process may be at work there. Raises UserError where other
+    features are, or where there is no room.
     """
     if work.out.exists():
         _refuse_others(work.task, task_of(work.out), work.out, "holds")
@@ -120,6 +121,9 @@ def prepare(work: Work) -> list[int] | None:
         begun = dict(json.loads(told.read_text())) if told.exists() else task
         if not told.exists():
             files.replace(told, content=json.dumps(task, indent=1).encode() + b"\n")
+        _refuse_others(task, begun, work.folder, "is the beginning of")
+        for left in (fresh_path(work.out), *work.folder.glob(f"{FRESH}*")):
+            left.unlink(missing_ok=True)
         there = [number for number in range(work.parts) if part_path(work.folder, number).exists()]
         needed = work.bytes * (work.parts - len(there)) / max(1, work.parts) + work.bytes
         free = shutil.disk_usage(work.folder).free
@@ -127,7 +131,6 @@ def prepare(work: Work) -> list[int] | None:
         raise UserError(f"{work.folder} can't be written: {error.strerror or error}. Choose another --out.") from None
     except (ValueError, TypeError):
         raise UserError(f"{told} is damaged. Remove {work.folder} and start over.") from None
-    _refuse_others(task, begun, work.folder, "is the beginning of")
     if needed > free:
         raise UserError(f"{work.out} and its parts need {human_bytes(needed)} for a while, {human_bytes(free)} are "
                         "free there. Choose another --out, or --dtype float16.")

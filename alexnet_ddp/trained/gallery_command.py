@@ -15,6 +15,7 @@ from alexnet_ddp.trained.tiles import open_source
 
 FOLDER = "pictures"  # in a run directory
 LISTED = 10  # mistakes in the table
+MOST = 500  # mistakes in a picture, five in a row: a picture's height has a limit (2**16 pixels)
 
 
 def visualize(model: Model, run: Path | None, *, out: Path, kind: str = "png", most: int = 20,
@@ -24,8 +25,9 @@ def visualize(model: Model, run: Path | None, *, out: Path, kind: str = "png", m
 
     run   the run directory, for the curves; None where there is none
     data  held-out photographs for the mistakes; None: none are shown
-    most  so many mistakes
+    most  so many mistakes, up to MOST
     """
+    _check_most(most)
     if kind not in gallery.FORMATS:
         raise UserError(f"--format must be {' or '.join(gallery.FORMATS)}, got '{kind}'.")
     gallery.require_matplotlib()
@@ -55,6 +57,11 @@ def visualize(model: Model, run: Path | None, *, out: Path, kind: str = "png", m
                             "with data.val=..., or leave mistakes out (--mistakes 0).") from None
         drawn.update({"mistakes": path} if path is not None else {})
     return drawn
+
+
+def _check_most(most: int) -> None:
+    if not 0 <= most <= MOST:
+        raise UserError(f"--mistakes must be between 0 and {MOST}, got {most}.")
 
 
 def _mistakes(model: Model, data: str, file: Path, *, most: int) -> Path | None:
@@ -88,8 +95,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--format", choices=gallery.FORMATS, default="png")
     parser.add_argument("--mistakes", type=int, default=20, metavar="N", help="so many of them (default: 20; 0: none)")
     options = parser.parse_intermixed_args(words)
-    if options.mistakes < 0:
-        raise UserError(f"--mistakes must be at least 0, got {options.mistakes}.")
+    _check_most(options.mistakes)
     source = find(options.model)
     run = {"best": source.path, "checkpoint": source.path.parent.parent}.get(source.kind)
     if run is not None and not (run / "metrics.jsonl").is_file():

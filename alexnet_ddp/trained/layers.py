@@ -34,8 +34,14 @@ def find_layer(net: nn.Module, name: str) -> Layer:
     Of the AlexNets (and torchvision's VGGs, whose classifiers are alike) `avgpool` is what the classifier is given,
     the flattened output of the convolutions; `fc6` and `fc7` are the hidden fully connected layers after their ReLU, as
     transfer learning uses them (Donahue et al. 2014, DeCAF, section 2; Razavian et al. 2014). The linear outputs before
-    it are `classifier.1` and `classifier.4` (alexnet_paper: 0 and 3). Raises UserError that lists what is near.
+    it are `classifier.1` and `classifier.4` (alexnet_paper: 0 and 3). Raises UserError that lists what is near, and for
+    exported nets.
     """
+    from alexnet_ddp.trained.exported import ExportedNet
+
+    if isinstance(net, ExportedNet):
+        raise UserError(f"--layer {name}: an exported net is one graph, whose layers can't be read. Name the run or "
+                        "the weights that it was exported from.")
     named = _aliases(net)
     if name in named:
         return named[name]

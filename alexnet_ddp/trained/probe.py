@@ -9,6 +9,7 @@ C multiplies the *sum* of the losses, so C = strength / images keeps the balance
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alexnet_ddp.data.index.sources import listed
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.trained.classes import mapped
 from alexnet_ddp.trained.feature_file import Features, read_features
@@ -47,15 +49,21 @@ class Probe:
                 f"C = {self.c:.3g} chosen on held-out ones of these{slow})")
 
 
-def check_probe(train: str | Path, task: dict[str, Any]) -> None:
-    """Raises UserError where scikit-learn isn't here, or where features of `task` couldn't be told by `train`'s."""
+def check_probe(train: str | Path, task: dict[str, Any], *, classes: Sequence[str]) -> None:
+    """Raises UserError where scikit-learn isn't here, or where features of `task` couldn't be told by `train`'s: other
+    features, or without some of the `classes` that the data of `task` have."""
     _scikit_learn()
-    theirs = read_features(train).task
+    found = read_features(train)
+    theirs = found.task
     if differ := [key for key in ALIKE if theirs.get(key) != task.get(key)]:
         layers = tuple((one.get("layer") or {}).get("name") for one in (theirs, task))
         raise UserError(f"--linear-probe {train} holds other features than these: they differ in {', '.join(differ)}" +
                         (f" ({layers[0]} there, {layers[1]} here)" if layers[0] != layers[1] else "") +
                         ". Extract both with the same model and --layer.")
+    if unknown := sorted(set(classes) - set(found.classes)):
+        raise UserError(f"--linear-probe {train} has {len(unknown)} of the data's {len(classes)} classes not: "
+                        f"{listed(unknown)}. Its own are {listed(list(found.classes))}. Fit to features of data with "
+                        "the same class folders.")
 
 
 def linear_probe(train: Features, test: Features) -> Probe:
@@ -88,8 +96,13 @@ def _fitted_and_scored(train: Features, test: Features) -> Probe:
         counts = counts[counts > 0]
         return labels[rows] if counts.min() > 1 and len(rows) * HELD_OUT >= len(counts) else None
 
-    few = np.random.default_rng(0).permutation(len(labels))[:CHOOSING]
+    order = np.random.default_rng(0).permutation(len(labels))
+    few = order[:CHOOSING]
     fit, held_out = model_selection.train_test_split(few, test_size=HELD_OUT, random_state=0, stratify=stratified(few))
+    if len(np.unique(labels[fit])) < 2:  # a rare class is held out, or left out of the few: one of it changes places
+        other = order[labels[order] != labels[fit[0]]][0]
+        held_out = np.where(held_out == other, fit[-1], held_out)
+        fit[-1] = other
 
     def fitted(c: float, rows: Any) -> tuple[Any, bool]:
         with warnings.catch_warnings(record=True) as caught:

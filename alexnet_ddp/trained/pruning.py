@@ -9,6 +9,7 @@ The zeros stand in ordinary tensors: they show what a net can do without, and sa
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -119,15 +120,24 @@ def tune(model: Model, path: str, overrides: Sequence[str], *, flags: Sequence[s
     else:
         start.parent.mkdir(parents=True, exist_ok=True)
         model.save(start)
-    words = [f"name={config.name}", f"init_from={start}", "sparsity=keep"]
-    code = Queue().install().run(["train", path, *overrides, *words, *flags])
-    if code:
-        return code, None
+    words = [_override("name", config.name), _override("init_from", str(start)), "sparsity=keep"]
+    queue = Queue().install()
+    try:
+        code = queue.run(["train", path, *overrides, *words, *flags])
+    finally:
+        queue.restore()
+    if code or queue.signal:  # one that came as training ended stops what comes after it
+        return code or EXIT_STOPPED, None
     run = config.run_dir
     tuned = load_model(str(run) if (run / BEST).is_file() else f"{run}@last", device=model.device)
     tuned.facts["pruning"] = {**model.facts["pruning"],
                               "sparsity": sparsity.overall(sparsity.sparsity(tuned.net)).share}
     return code, tuned
+
+
+def _override(key: str, value: str | None) -> str:
+    """key=value that is read as this text, were it `2012` or `a #b`: JSON's strings are YAML's too. Pure."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 # --- the command ------------------------------------------------------------------------------------------------
@@ -160,13 +170,14 @@ def main(words: list[str]) -> int:
         config = tuning(options.finetune, overrides)
         overrides = [text for text in overrides if text.startswith(("model.", "data.val="))]
         if not any(text.startswith("data.val=") for text in overrides):
-            overrides.append(f"data.val={config.data.val or 'null'}")
+            overrides.append(_override("data.val", config.data.val))
     model = load_model(options.model, overrides, device=device)
     print(f"{model.where}: {'channels' if options.structured else 'weights'} pruned by {options.amount:g}", flush=True)
     command.tell_notes(model.notes)
     result = prune(model, amount=options.amount, structure="channels" if options.structured else "weights")
     models = [("as it is", model), ("pruned", result)]
     if options.finetune is not None:
+        shrinkage.check_held_out(model)  # hours before it is needed
         flags = [] if options.nproc_per_node is None else ["--nproc-per-node", options.nproc_per_node]
         code, tuned = tune(result, options.finetune, options.overrides, flags=flags)
         if tuned is None:

@@ -187,6 +187,7 @@ def main(words: list[str]) -> int:
     model = load_model(options.model, options.overrides, device=device)
     print(f"{model.where}: {options.scheme}", flush=True)
     command.tell_notes(model.notes)
+    shrinkage.check_held_out(model)
     smaller = quantize(model, scheme=options.scheme)
     models = [("as it is", model), (options.scheme, smaller)]
     measured = shrinkage.measure(models, seconds=options.seconds)

@@ -15,9 +15,9 @@ from alexnet_ddp import tables
 from alexnet_ddp.distributed import pick_device
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.evaluate import Evaluation
-from alexnet_ddp.trained.accuracy import open_held_out
 from alexnet_ddp.trained.evaluation import evaluate_model
 from alexnet_ddp.trained.model import Model
+from alexnet_ddp.trained.tiles import Source, open_source
 from alexnet_ddp.trained.timing import Timing, latencies, machine, machine_line
 
 BATCHES = (1, 32)  # images
@@ -37,7 +37,8 @@ class Measured:
 def measure(models: Sequence[tuple[str, Model]], *, seconds: float = SECONDS) -> list[Measured]:
     """Measures nets of one kind of input, by name; the first is what the others are compared with.
 
-    All see the same images of the first one's data.val, where it has one. Raises UserError where that can't be read.
+    All see the same images of the first one's data.val, where it has one, labelled by each net's own classes. Raises
+    UserError where that can't be read, or has other classes.
     """
     evaluations = _evaluations(models)
     sizes = [_bytes(model) for _, model in models]
@@ -53,10 +54,27 @@ def measure(models: Sequence[tuple[str, Model]], *, seconds: float = SECONDS) ->
 
 
 def _evaluations(models: Sequence[tuple[str, Model]]) -> list[Evaluation | None]:
-    if models[0][1].config.data.val is None:
+    place = models[0][1].config.data.val
+    if place is None:
         return [None] * len(models)
-    with open_held_out(models[0][1]) as source:
-        return [evaluate_model(model, source).evaluation for _, model in models]
+    found: list[Evaluation | None] = []
+    for _, model in models:  # classes of a net that was trained on may stand in another order
+        with _open(place, model) as source:
+            found.append(evaluate_model(model, source).evaluation)
+    return found
+
+
+def check_held_out(model: Model) -> None:
+    """Raises UserError where `measure` couldn't evaluate this net on its data.val."""
+    if (place := model.config.data.val) is not None:
+        _open(place, model).index.close()
+
+
+def _open(place: str, model: Model) -> Source:
+    try:
+        return open_source(place, model)
+    except UserError as error:
+        raise UserError(f"data.val={error}\nOr leave accuracy out: data.val=null") from None
 
 
 def _bytes(model: Model) -> int:

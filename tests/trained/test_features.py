@@ -20,8 +20,9 @@ from alexnet_ddp import cli, load_model, read_features
 from alexnet_ddp.data.index import open_index
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 from alexnet_ddp.models import create_model
-from alexnet_ddp.trained import feature_file, feature_work, features
-from alexnet_ddp.trained.feature_file import Part
+from alexnet_ddp.trained import feature_file, feature_work, features, probe
+from alexnet_ddp.trained.exported import ExportedNet, Signature
+from alexnet_ddp.trained.feature_file import Features, Names, Part
 from alexnet_ddp.trained.features import extract_features
 from alexnet_ddp.trained.layers import Tap, find_layer
 from alexnet_ddp.trained.probe import linear_probe
@@ -78,6 +79,13 @@ def test_other_layers() -> None:
         tap(torch.zeros(2, 3, 64, 64))
     with pytest.raises(UserError, match="Did you mean fc7"):
         find_layer(create_model("alexnet_bn", num_classes=5, width=0.1), "fc77")
+
+
+def test_exported_nets_have_no_layers() -> None:
+    """They are refused by what they are, not with an empty list of names."""
+    net = ExportedNet(lambda images: images, signature=Signature(None, 3, (64, 64), 5), classes=5)
+    with pytest.raises(UserError, match="fc7: an exported net is one graph.*exported from"):
+        find_layer(net, "fc7")
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -172,6 +180,32 @@ def test_no_room(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(feature_work.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 150_000))
     with pytest.raises(UserError, match="need .* 150 kB are free"):
         extract(trained, trained.val, tmp_path / "x.safetensors", layer="fc6")
+
+
+def test_half_written_files_take_no_room(trained: Trained, val_file: Path, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kill left half written, of the whole and of a part, is gone before free space is asked for; a full disk
+    leaves no half of the file behind."""
+    out = tmp_path / "x.safetensors"
+    left = [tmp_path / ".tmp-x.safetensors", tmp_path / "x.safetensors.parts" / ".tmp-000003-0123abcd"]
+    asked = []
+
+    def usage(path: Path) -> Any:
+        asked.append([one.exists() for one in left])
+        return shutil._ntuple_diskusage(0, 0, 10**9)
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(feature_work.shutil, "disk_usage", usage)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="Make room"):
+        patch.setattr(feature_file.os, "fsync", lambda file: None if not left[0].exists() else full())
+        extract(trained, trained.val, out)
+    assert not left[0].exists() and left[1].parent.is_dir()
+    for path in left:
+        path.write_bytes(b"half")
+    assert extract(trained, trained.val, out).read_bytes() == val_file.read_bytes()
+    assert asked == [[False, False]] * 2 and [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 def test_a_finished_file_says_so(trained: Trained, val_file: Path, monkeypatch: pytest.MonkeyPatch,
@@ -301,3 +335,30 @@ def test_linear_probe(trained: Trained, val_file: Path, tmp_path: Path, capsys: 
     assert cli.main(["features", str(trained.run), str(trained.val), "--layer", "fc6", "--out", str(other),
                      "--device", "cpu", "--linear-probe", str(train_file)]) == EXIT_USER
     assert "fc7 there, fc6 here" in capsys.readouterr().err and not list(tmp_path.glob("other*"))
+
+
+def made(labels: list[int], classes: tuple[str, ...]) -> Features:
+    values = np.random.default_rng(0).normal(size=(len(labels), 3)).astype(np.float32)
+    names = Names(np.zeros(0, np.uint8), np.zeros(len(labels), np.int64))
+    return Features(values, np.array(labels, np.int64), names, classes, np.ones(len(labels), np.bool_), {}, {})
+
+
+def test_a_class_of_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the one image of a class stands, both classes are fitted to; also where the images that choose the
+    regularisation are too few to have it."""
+    pytest.importorskip("sklearn", reason="the extra `probe` isn't installed")
+    for few in (probe.CHOOSING, 5):
+        monkeypatch.setattr(probe, "CHOOSING", few)
+        for place in range(8):
+            part = made([int(number == place) for number in range(8)], ("a", "b"))
+            found = linear_probe(part, part)
+            assert (found.trained_on, found.classes) == (8, 2) and found.accuracy > 0.5
+
+
+def test_classes_that_the_probe_does_not_know(val_file: Path) -> None:
+    """Are told before features are computed; fewer classes than it knows are not refused."""
+    pytest.importorskip("sklearn", reason="the extra `probe` isn't installed")
+    found = read_features(val_file)
+    probe.check_probe(val_file, found.task, classes=found.classes[:2])
+    with pytest.raises(UserError, match="1 of the data's 3 classes not: zebra.*Its own are"):
+        probe.check_probe(val_file, found.task, classes=[*found.classes[:2], "zebra"])

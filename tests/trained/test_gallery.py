@@ -14,7 +14,7 @@ from alexnet_ddp.data.index import open_index
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 from alexnet_ddp.models import create_model
 from alexnet_ddp.sinks import read_records
-from alexnet_ddp.trained import gallery
+from alexnet_ddp.trained import gallery, gallery_command
 from alexnet_ddp.trained.evaluation import evaluate_model
 from alexnet_ddp.trained.tiles import open_source, tiles
 from trained_nets import Trained
@@ -114,6 +114,16 @@ def test_the_command_on_a_run(trained: Trained, tmp_path: Path, capsys: pytest.C
     listed = re.findall(r"^\| (\w+/\w+) ", capsys.readouterr().out, re.MULTILINE)
     with open_index(str(trained.val)) as index:
         assert len(listed) == 12 and set(listed) <= {index.name(sample) for sample in range(len(index))}
+
+
+@pytest.mark.parametrize("count", [-1, 501])
+def test_how_many_mistakes(trained: Trained, tmp_path: Path, count: int) -> None:
+    """More than a picture has room for are refused before anything is drawn."""
+    with pytest.raises(UserError, match=f"between 0 and 500, got {count}"):
+        gallery_command.main([str(trained.run), "--out", str(tmp_path / "out"), "--mistakes", str(count)])
+    with pytest.raises(UserError, match=f"between 0 and 500, got {count}"):
+        gallery_command.visualize(load_model(trained.run), None, out=tmp_path / "out", most=count)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_on_others(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

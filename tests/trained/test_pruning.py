@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from alexnet_ddp import load_model
-from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
+from alexnet_ddp import config, load_model, seeds
+from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
 from alexnet_ddp.models import sparsity
-from alexnet_ddp.trained.pruning import prune, tuning
+from alexnet_ddp.trained import pruning, shrinkage
+from alexnet_ddp.trained.pruning import prune, tune, tuning
 from alexnet_ddp.trained.quantization import quantize
 from trained_nets import Trained, command
 
@@ -88,7 +90,8 @@ def test_the_recipe_of_training_on() -> None:
 
 def test_prune_train_on_and_evaluate(trained: Trained, tmp_path: Path) -> None:
     """The command, from a run to a file: three rows of measurements, zeros as many as were pruned, a file that opens
-    with the run's classes and the told accuracy. The same command goes on (here: is finished) and makes no new run."""
+    with the run's classes and the told accuracy. The same command goes on (here: is finished): to
+    another file it trains no step."""
     out = tmp_path / "sparse.safetensors"
     words = ["prune", trained.run, "--amount", "0.5", "--finetune", trained.run / "config.yaml", f"runs={tmp_path}",
              "name=sparse", "epochs=1", "evaluate.epochs=1", "schedule.warmup_epochs=0", "optim.lr=0.002"]
@@ -103,6 +106,69 @@ def test_prune_train_on_and_evaluate(trained: Trained, tmp_path: Path) -> None:
     assert sparsity.overall(sparsity.sparsity(model.net)).share == pytest.approx(0.5, abs=1e-4)
     assert (model.classes, model.preprocessing) == (before.classes, before.preprocessing)
     assert f"{100 * model.facts['top1']:.2f}" == rows[names.index("trained on")][2].strip()
-    assert re.search(r"exact: |begins with the weights of .*sparse-start", done.stdout + done.stderr)
-    again = command(*words, "--seconds", 0.1, "--out", out)
-    assert again.returncode == EXIT_USER and "exists already" in again.stderr
+    assert re.search(r"begins with the weights of .*sparse-start", done.stdout + done.stderr)
+    refused = command(*words, "--seconds", 0.1, "--out", out)
+    assert refused.returncode == EXIT_USER and "exists already" in refused.stderr
+    steps = (tmp_path / "sparse" / "metrics.jsonl").read_bytes()
+    again = command(*words, "--seconds", 0.1, "--out", tmp_path / "again.safetensors")
+    assert again.returncode == EXIT_FINISHED, again.stderr
+    assert (tmp_path / "sparse" / "metrics.jsonl").read_bytes() == steps and b'"train"' in steps
+    same = load_model(tmp_path / "again.safetensors").tensors()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in model.tensors().items())
+
+
+def test_stop_signals_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it trains they are the queue's; after it, also after an error, who had them has them again. One that comes
+    as training ends stops the command."""
+    pruned = prune(load_model("alexnet_single", SMALL), amount=0.4)
+    numbers = [getattr(signal, f"SIG{name}") for name in seeds.SIGNALS]
+    before = [signal.getsignal(number) for number in numbers]
+
+    def run(queue: seeds.Queue, words: list[str]) -> int:
+        assert signal.getsignal(signal.SIGTERM) == queue._handle
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    def broken(queue: seeds.Queue, words: list[str]) -> int:
+        assert signal.getsignal(signal.SIGTERM) == queue._handle
+        raise OSError
+
+    monkeypatch.setattr(seeds.Queue, "run", run)
+    assert tune(pruned, "configs/demo.yaml", [f"runs={tmp_path}"]) == (EXIT_STOPPED, None)
+    assert [signal.getsignal(number) for number in numbers] == before
+    monkeypatch.setattr(seeds.Queue, "run", broken)
+    with pytest.raises(OSError):
+        tune(pruned, "configs/demo.yaml", [f"runs={tmp_path}"])
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("text", ["2012", "a #b", "null", "über: {x}", None])
+def test_texts_stay_texts(text: str | None) -> None:
+    """Names and places that YAML would read as something else reach the recipe as they are."""
+    assert config.parse_override(pruning._override("data.val", text)) == (["data", "val"], text)
+
+
+def test_held_out_data_are_opened_before_training(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  ) -> None:
+    """Data that aren't there, or of classes that the net doesn't know, are told before a step is trained, and what
+    leaves accuracy out."""
+    monkeypatch.setattr(pruning, "tune", None)
+    other = tmp_path / "val" / "another"
+    other.mkdir(parents=True)
+    (other / "x.jpg").write_bytes(next((trained.val / "ring").iterdir()).read_bytes())
+    for place, told in (("none", r"data\.val=.*none"), ("val", "the net doesn't know: another")):
+        with pytest.raises(UserError, match=rf"(?s){told}.*data\.val=null"):
+            pruning.main(["--amount", "0.5", "--finetune", str(trained.run / "config.yaml"), "--device", "cpu",
+                          str(trained.run), f"data.val={tmp_path / place}", f"runs={tmp_path}"])
+
+
+def test_each_net_by_its_own_classes(trained: Trained) -> None:
+    """A net whose classes stand in another order is as accurate as before, beside the first."""
+    model = load_model(trained.run)
+    turned = replace(load_model(trained.run), classes=model.classes[::-1])
+    with torch.no_grad():
+        last = list(turned.net.classifier)[-1]
+        last.weight.copy_(last.weight.flip(0))
+        last.bias.copy_(last.bias.flip(0))
+    first, second = shrinkage._evaluations([("a", model), ("b", turned)])
+    assert first is not None and second is not None and first.correct1 == second.correct1 > 100

@@ -85,6 +85,13 @@ def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
         quantization.quantize(model, scheme=SCHEMES[0])
 
 
+def test_data_that_are_not_here(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are told before anything is measured, with what leaves accuracy out."""
+    monkeypatch.setattr(quantization, "quantize", None)
+    with pytest.raises(UserError, match=r"(?s)data\.val=.*nowhere.*data\.val=null"):
+        quantization.main([str(trained.run), "data.val=/nowhere", "--scheme", SCHEMES[0], "--device", "cpu"])
+
+
 def test_the_command(trained: Trained, tmp_path: Path) -> None:
     """Of a run: two rows with the run's own accuracy in the first, what stayed floating-point, a file that knows the
     run's classes and the accuracy that was told."""
