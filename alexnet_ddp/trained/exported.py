@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import json
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +35,7 @@ from alexnet_ddp.models.weights import Source
 from alexnet_ddp.trained.model import NOWHERE, Model
 from alexnet_ddp.trained.packed_weights import MARK, PARTS, VERSION, Packed
 from alexnet_ddp.trained.preprocessing import Preprocessing
+from alexnet_ddp.trained.program_file import refuse_code
 
 INPUT, OUTPUT = "images", "logits"
 TOLD = "alexnet_ddp.json"  # the extra file of a torch.export program
@@ -252,7 +251,7 @@ def _signature(path: Path, shapes: Sequence[Sequence[int | None]], *, inputs: in
 
 
 def _open_program(path: Path, device: torch.device) -> Opened:
-    _refuse_code(path)
+    refuse_code(path)
     extra = {TOLD: ""}
     try:
         with quiet():
@@ -271,23 +270,6 @@ def _open_program(path: Path, device: torch.device) -> Opened:
               for value in (*shown, *(values.get(str(name)) for name in given))]
     signature = _signature(path, shapes, inputs=len(shown))
     return graph, signature, texts, []
-
-
-def _refuse_code(path: Path) -> None:
-    """torch.export.load unpickles what a plain net never holds: such files aren't opened at all."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                base = name.rpartition("/")[2]
-                if base.startswith(("custom_obj_", "opaque_obj_")) or "/aotinductor/" in name:
-                    raise UserError(f"{path} holds more than a graph and tensors ({base}), which only running code "
-                                    "from the file could bring back.")
-                if "/sample_inputs/" in name and (held := archive.read(name)):
-                    torch.load(BytesIO(held), map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # torn archives raise what they like
-        raise UserError(f"{path} is no whole program of torch.export: {_first(error)}.") from None
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def _seen(model: Model, data: bytes) -> Tensor:
 
 def _read(model: Model, places: Sequence[str], wanted: int) -> list[Tensor]:
     """Pictures from all over `places`. Raises UserError where none can be read."""
-    pictures = find_pictures(places, stored=model.config.data.stored)
+    pictures = find_pictures(places, stored="original")  # _seen decodes them; a raw stage has no JPEG
     found, why = [], ""
     for number in np.linspace(0, len(pictures) - 1, num=min(wanted, len(pictures))).round().astype(int):
         try:

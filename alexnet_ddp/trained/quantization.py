@@ -51,7 +51,7 @@ def quantize(model: Model, *, scheme: str) -> Model:
     Raises UserError for an unknown scheme, a net that is quantized already, one without linear layers, and where
     torchao isn't installed.
     """
-    torchao = _torchao()
+    torchao = load_torchao()
     if scheme not in SCHEMES:
         raise UserError(f"There is no scheme '{scheme}'. There are: {', '.join(SCHEMES)}.")
     if model.quantization is not None:
@@ -99,7 +99,7 @@ def put_into(net: nn.Module, weights: Weights, how: dict[str, Any]) -> list[str]
 
     Raises UserError where the tensors aren't those of such a net, and where torchao isn't installed.
     """
-    torchao = _torchao()
+    torchao = load_torchao()
     if how.get("scheme") not in SCHEMES:
         raise UserError(f"{weights.where} is quantized in a way that is not known here: {how.get('scheme')}. There "
                         f"are: {', '.join(SCHEMES)}.")
@@ -149,7 +149,7 @@ def _reduces_range(device: torch.device) -> bool:
     return bool(should_reduce_range(device))
 
 
-def _torchao() -> Any:
+def load_torchao() -> Any:
     """torchao's quantization, imported when it is needed. Raises UserError where it isn't installed."""
     log = logging.getLogger("torch.utils._pytree")  # by which torch 2.14 tells of a habit of torchao 0.18 at import
     log.addFilter(_nothing)

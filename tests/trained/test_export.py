@@ -2,8 +2,11 @@
 
 import json
 import os
+import pickle
 import signal
 import sys
+import zipfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +220,82 @@ def test_files_of_others_and_torn_ones(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(path.read_bytes()[:100])
         with pytest.raises(UserError, match=f"{name} is no whole"):
             load_model(tmp_path / name)
+
+
+class Code:
+    """Unpickled it makes the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+class Sum(torch.nn.Module):
+    """With a weight and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.constant = torch.full((3,), 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) * self.weight + self.constant
+
+
+@pytest.mark.parametrize("way", ["weight", "constant", "model.pt", "constants.pt", "sample_inputs", "custom", "opaque",
+                                 "torch 2.7", "twice", "aotinductor", "nested"])
+def test_no_code_of_a_program_is_run(way: str, tmp_path: Path) -> None:
+    """Each place where torch.export.load unpickles, with a pickle that would make a file: refused, and none is made."""
+    plain, path, made = tmp_path / "plain.pt2", tmp_path / "net.pt2", tmp_path / "made"
+    torch.export.save(torch.export.export(Sum(), (torch.zeros(1, 3, 32, 32),)), plain)
+    held = BytesIO()
+    torch.save(Code(made), held)
+    with zipfile.ZipFile(plain) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    top = next(iter(files)).split("/")[0]
+    kind = "weights" if way == "weight" else "constants"
+    config = f"{top}/data/{kind}/model_{kind}_config.json"
+    if way in ("weight", "constant", "custom", "opaque"):
+        told = json.loads(files[config])
+        entry = next(iter(told["config"].values()))
+        entry["path_name"] = {"weight": "weight_0", "constant": "tensor_0"}.get(way, f"{way}_obj_0/x")
+        entry["use_pickle"] = True
+        files[config] = json.dumps(told).encode()
+        files[f"{top}/data/{kind}/{entry['path_name']}"] = pickle.dumps(Code(made)) if way == "opaque" else (
+            held.getvalue())
+    elif way == "torch 2.7":
+        files = {"version": b"8.8", "serialized_exported_program.json": b"{}", **{
+            f"serialized_{name}.pt": held.getvalue() for name in ("state_dict", "constants", "example_inputs")}}
+    elif way == "nested":  # of two programs one lies deeper, and its weights don't
+        told = json.loads(files[config := f"{top}/data/weights/model_weights_config.json"])
+        entry = next(iter(told["config"].values()))
+        entry["path_name"], entry["use_pickle"] = "weight_9", True
+        files[config.replace("weights/model", "weights/a/model")] = json.dumps(told).encode()
+        files[f"{top}/data/weights/weight_9"], clean = held.getvalue(), BytesIO()
+        torch.save(torch.ones(3), clean)
+        files[f"{top}/data/weights/a/weight_9"] = clean.getvalue()
+    else:
+        name = {"model.pt": "weights/model.pt", "constants.pt": "constants/model.pt", "twice": "WEIGHTS/Weight_0",
+                "aotinductor": "aotinductor/model/x.so"}.get(way, "sample_inputs/model.pt")
+        files[f"{top}/data/{name}"] = held.getvalue()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    with pytest.raises(UserError, match="twice" if way == "twice" else "only running code"):
+        load_model(path, ["augment.size=32"])
+    assert not made.exists()
+    assert load_model(plain, ["augment.size=32"]).num_classes == 3
+    if way in ("weight", "model.pt"):  # that the file would have run it
+        with pytest.raises(Exception):  # noqa: B017
+            torch.export.load(path)
+        assert made.exists()
+
+
+def test_pictures_for_a_run_that_keeps_bare_pixels(trained: Trained, tmp_path: Path) -> None:
+    """data.stored=raw64: parity is shown on the photographs of --images, and on those of data.val."""
+    model = narrow("alexnet_bn", "data.stored=raw64", f"data.val={trained.val}")
+    for images in ([], [str(trained.val)]):
+        _, said, notes = exporting.parity.show(model, images)
+        assert said.startswith("10 ph" if not images else "10 pictures of") and not notes
