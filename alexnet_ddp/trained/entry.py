@@ -22,6 +22,7 @@ from alexnet_ddp.models import zoo
 from alexnet_ddp.models.recipe import create_for
 from alexnet_ddp.models.weights import BEST_RECORD, Source, find, published
 from alexnet_ddp.sinks import read_records
+from alexnet_ddp.trained.exported import ExportedNet
 from alexnet_ddp.trained.model import NOWHERE, load_model
 
 METRICS = "metrics.jsonl"
@@ -123,7 +124,8 @@ def _entry(spec: str, config: Config) -> Entry:
 def _count(entry: Entry, net: nn.Module) -> None:
     """Parameters, MACs and bytes; a net whose layers torch can't be asked (exported, quantized) keeps None."""
     parameters = list(net.parameters())
-    if not parameters or any(type(each) is not nn.Parameter or not each.is_floating_point() for each in parameters):
+    if isinstance(net, ExportedNet) or not parameters or any(
+            type(each) is not nn.Parameter or not each.is_floating_point() for each in parameters):
         entry.trainable = False
         entry.notes.append(f"{entry.spec}: its layers can't be asked for parameters and MACs, nor trained")
         return

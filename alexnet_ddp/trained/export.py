@@ -15,7 +15,7 @@ import copy
 import json
 import os
 import re
-import time
+import secrets
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,6 @@ from alexnet_ddp.words import Parser
 Format = Literal["onnx", "torch-export", "safetensors"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 ONNX_LARGEST = 2**31 - 2**20  # bytes of weights: a protobuf message ends at 2 GiB
-LEFT = 3600.0  # seconds after which what a killed export left behind is removed
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def export(model: Model, out: Path, *, format: Format, precision: Precision = "f
     if precision == "fp16":
         parity.refuse_overflow(model, pixels)
     told = Told.of(model, precision=precision)
-    fresh = out.with_name(f".tmp-{os.getpid()}-{out.name}")
-    _sweep(out)
+    fresh = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
+    packed_weights.sweep(out)
     try:
         written = _write(model, fresh, format=format, told=told, batch=batch)
         found = _parity(model, fresh, pixels=pixels, pictures=pictures, precision=precision, tolerance=tolerance)
@@ -136,16 +135,6 @@ def _check(model: Model, out: Path, *, format: Format, precision: Precision, rep
 
 def _exists(out: Path) -> str:
     return f"{out} is there already. Use --out for another name, or --force to replace it."
-
-
-def _sweep(out: Path) -> None:
-    """Removes what exports to this name have left that were killed."""
-    for left in out.parent.glob(f".tmp-*-{out.name}"):
-        try:
-            if time.time() - left.stat().st_mtime > LEFT:
-                left.unlink()
-        except OSError:
-            continue
 
 
 # --- formats ----------------------------------------------------------------------------------------------------

@@ -16,9 +16,12 @@ It imports neither nets nor the rest of this package, because models.weights rea
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +38,7 @@ VERSION = "1"
 MARK, DIGEST = "alexnet_ddp", "sha256"
 PARTS = {"recipe": dict, "classes": list, "preprocessing": dict, "facts": dict}  # JSON, by what it must hold
 QUANTIZATION = "quantization"
+LEFT = 3600.0  # seconds after which what a killed writer left behind is removed
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def write(path: Path, *, tensors: Mapping[str, Tensor], packed: Packed) -> files
     check_path(path)
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     told = packed.metadata()
-    fresh = path.with_name(f".tmp-{path.name}")
+    sweep(path)
+    fresh = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         written = files.write_tensors(fresh, tensors=plain,
                                       metadata={**PYTORCH, **told, DIGEST: digest(plain, told)})
@@ -86,6 +91,16 @@ def write(path: Path, *, tensors: Mapping[str, Tensor], packed: Packed) -> files
     finally:
         fresh.unlink(missing_ok=True)
     return written
+
+
+def sweep(path: Path) -> None:
+    """Removes what killed writers of this file have left: they may run elsewhere, so only what is LEFT seconds old."""
+    for left in path.parent.glob(f".tmp-*-{glob.escape(path.name)}"):
+        try:
+            if time.time() - left.stat().st_mtime > LEFT:
+                left.unlink()
+        except OSError:
+            continue
 
 
 def read(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, where: str) -> Packed | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ from pathlib import Path
 
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.trained.export import LEFT, Exported, export
+from alexnet_ddp.trained.export import Exported, export
 from alexnet_ddp.trained.exported import INPUT, OUTPUT, Precision
 from alexnet_ddp.trained.model import Model
+from alexnet_ddp.trained.packed_weights import LEFT
 
 CONFIG, LABELS, NET = "config.pbtxt", "labels.txt", "model.onnx"
 MAX_BATCH = 32  # images that the server puts together, until somebody writes another number into config.pbtxt
@@ -52,7 +54,7 @@ def publish(model: Model, repository: Path, *, name: str, precision: Precision =
     folder = _folder(repository, name)
     tensors, labels = _tensors(model), "".join(" ".join(label.split()) + "\n" for label in model.spoken)
     before = _refuse_unlike(folder, tensors, labels)
-    staged = folder / f".tmp-{os.getpid()}"
+    staged = folder / f".tmp-{secrets.token_hex(4)}"
     try:
         staged.mkdir(parents=True)
         for left in folder.glob(".tmp-*/"):  # of exports that were killed
@@ -60,7 +62,7 @@ def publish(model: Model, repository: Path, *, name: str, precision: Precision =
                 shutil.rmtree(left, ignore_errors=True)
         done = export(model, staged / NET, format="onnx", precision=precision, batch=None, images=images,
                       tolerance=tolerance)
-        if not (folder / LABELS).is_file():
+        if before is None or not (folder / LABELS).is_file():  # a killed export may have left other names
             files.replace(folder / LABELS, content=labels.encode())
         version = max(versions(folder), default=0) + 1
         while not _named(staged, folder / str(version)):

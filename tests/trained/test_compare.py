@@ -10,9 +10,10 @@ import pytest
 import torch
 import torchvision
 
-from alexnet_ddp import cli
+from alexnet_ddp import cli, load_model
 from alexnet_ddp.errors import OutOfMemory, UserError
 from alexnet_ddp.trained import comparison, entry, scatter, trial
+from alexnet_ddp.trained.export import SUFFIXES, Format, export
 from alexnet_ddp.trained.trial import Prepared, Tried
 from trained_nets import Trained
 
@@ -236,6 +237,18 @@ def test_a_run_by_its_own_recipe(trained: Trained, capsys: pytest.CaptureFixture
         assert set(model["timings"]) == set(trial.KINDS) and model["timings"]["training"]["batch"] == 4
         assert model["prepared"]["memory_one"] > 0 and model["prepared"]["best"] >= 1
     assert found["machine"]["torch"] == str(torch.__version__) and found["notes"] == []
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+def test_exported_nets(form: Format, tmp_path: Path) -> None:
+    """A graph's parameters aren't a net's to count or train, also where the program shows some; the file has a size."""
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+    done = export(load_model("alexnet_single", SMALL), tmp_path / f"net{SUFFIXES[form]}", format=form)
+    found, _ = entry.open_net(str(done.path), device=torch.device("cpu"))
+    assert not found.trainable and (found.parameters, found.macs) == (None, None)
+    assert (found.file_bytes, found.file, found.size, found.classes) == (done.bytes, done.path.name, 64, 10)
+    assert any("can't be asked for parameters" in note for note in found.notes)
 
 
 # --- the picture ------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path, monkeypatch: pytes
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     left, = tmp_path.iterdir()
-    assert left.name == f".tmp-{child}-net.safetensors" and left.stat().st_size
+    assert left.match(".tmp-????????-net.safetensors") and left.stat().st_size
     os.utime(left, (1, 1))
     export(model, out, format="safetensors")
     assert [path.name for path in tmp_path.iterdir()] == [out.name]

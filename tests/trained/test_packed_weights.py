@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=why):
             small().save(place)
     assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left(tmp_path: Path) -> None:
+    """Is removed once it is an hour old; what is younger may be somebody's who is writing."""
+    old, young = (tmp_path / f".tmp-{token}-net.safetensors" for token in ("00000000", "11111111"))
+    old.touch()
+    young.touch()
+    os.utime(old, (1, 1))
+    small().save(tmp_path / "net.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, "net.safetensors"}
 
 
 @pytest.mark.parametrize("part", ["tensors", "recipe", "version"])

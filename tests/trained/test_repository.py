@@ -4,6 +4,7 @@ That server can't run here: config.pbtxt is read as text of the published messag
 github.com/triton-inference-server/common), of which the fields that we write are declared below.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,35 @@ def test_a_kill_before_the_switch(tmp_path: Path, quick: None, monkeypatch: pyte
             publish(model, tmp_path, name="net")
     assert "versions: [ 1 ]" in (tmp_path / "net" / "config.pbtxt").read_text()
     assert publish(model, tmp_path, name="net").version == 3
+
+
+def test_a_kill_before_the_first_version_is_served(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+                                                  ) -> None:
+    """Names of classes that it left behind aren't taken for those of the net that is published next."""
+    with monkeypatch.context() as patch:
+        patch.setattr(repository, "_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            publish(narrow(), tmp_path, name="net")
+    labels = tmp_path / "net" / "labels.txt"
+    assert labels.is_file() and not (tmp_path / "net" / "config.pbtxt").exists()
+    other = replace(narrow(), classes=("a", "b", "c", "d", "e"))
+    publish(other, tmp_path, name="net")
+    assert labels.read_text().splitlines() == other.spoken != narrow().spoken
+    with pytest.raises(UserError, match="names other classes"):
+        publish(narrow(), tmp_path, name="net")
+
+
+def test_exports_of_equal_process_ids(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two containers, say, at a time: each has a staging folder of its own, and both versions appear."""
+    export, model = repository.export, narrow()
+
+    def meanwhile(*args: Any, **more: Any) -> Exported:
+        monkeypatch.setattr(repository, "export", export)
+        assert publish(model, tmp_path, name="net").version == 1
+        return export(*args, **more)
+
+    monkeypatch.setattr(repository, "export", meanwhile)
+    assert publish(model, tmp_path, name="net").version == 2
 
 
 def test_unlike_nets_and_strange_folders(tmp_path: Path, quick: None) -> None:
