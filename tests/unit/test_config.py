@@ -319,7 +319,7 @@ def test_every_field_says_what_it_is() -> None:
 def test_every_field_is_compared() -> None:
     """Each field that is changed, and it alone, is reported with the effect that it declares."""
     other: dict[str, Any] = {
-        "init_from": "runs/b", "freeze": ["features"],
+        "init_from": "runs/b", "freeze": ["features"], "sparsity": "keep",
         "name": "b", "runs": "r", "model.name": "alexnet_torchvision", "model.lrn_after": [5], "data.train": "/y",
         "data.val": "/v", "data.limit": 5, "data.stored": "short256", "data.on_error": "skip", "data.decoder": "pillow",
         "data.threads": 2, "data.assignment": "owner", "augment.crop": "center",
