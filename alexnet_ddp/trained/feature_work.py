@@ -127,6 +127,8 @@ def prepare(work: Work) -> list[int] | None:
         there = [number for number in range(work.parts) if part_path(work.folder, number).exists()]
         needed = work.bytes * (work.parts - len(there)) / max(1, work.parts) + work.bytes
         free = shutil.disk_usage(work.folder).free
+    except UserError:  # a ValueError, too
+        raise
     except OSError as error:
         raise UserError(f"{work.folder} can't be written: {error.strerror or error}. Choose another --out.") from None
     except (ValueError, TypeError):
