@@ -75,7 +75,8 @@ def _planes(pixels: U8) -> torch.Tensor:
     """[h, w, c] in memory as the [1, c, h, w] that torch wants, channels last."""
     import torch
 
-    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    # By NumPy: torch's own views give up the interpreter's lock, and wait for it behind the other decode threads.
+    return torch.from_numpy(pixels.transpose(2, 0, 1)[None])
 
 
 def _resize_between(pixels: U8, box: Box, view: View, quality: Quality) -> U8:
