@@ -12,6 +12,11 @@ EXIT_STOPPED = 75  # stopped on request, resumable (EX_TEMPFAIL of sysexits.h)
 EXIT_INTERRUPTED = 130  # a second Ctrl-C: left at once, nothing saved
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, for a sentence of ours: its first line, at most 200 characters, no full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
 class UserError(ValueError):
     """A mistake the user can mend: the message states the rule, what was found and what to change."""
 

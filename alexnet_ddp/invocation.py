@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, UserError
+from alexnet_ddp.runfiles import METRICS
 from alexnet_ddp.words import Parser
 
 OVERFIT_LOSS = 0.1  # mean cross-entropy at which a few samples count as learned by heart
@@ -123,7 +124,7 @@ def overfit_verdict(run_dir: Path, samples: int) -> int:
     """Says what the sanity check has shown."""
     from alexnet_ddp.sinks import read_records
 
-    loss = read_records(run_dir / "metrics.jsonl")[-1]["loss"]
+    loss = read_records(run_dir / METRICS)[-1]["loss"]
     loss = math.inf if loss is None else loss  # of a step that was not finite, or without an image that counts
     if loss < OVERFIT_LOSS:
         print(f"alexnet-ddp: the net has learned the {samples} samples by heart (loss {loss:.3f}): net, data and "

@@ -7,9 +7,12 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from alexnet_ddp.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
 
@@ -25,23 +28,45 @@ def check(out: str, *, flag: str, otherwise: str = "") -> None:
     problem = errno.EISDIR if path.is_dir() else errno.ENOENT if not path.parent.is_dir() else 0
     if problem or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{flag} {out} can't be written: {os.strerror(problem or errno.EACCES)}. Name another file.")
+    require(f"{flag} needs", otherwise=otherwise)
+
+
+def require(who: str, *, otherwise: str = "") -> None:
+    """Raises UserError where matplotlib isn't here; `who` needs it, with the verb."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError(f"{flag} needs matplotlib: pip install 'alexnet-ddp[plots]'.{otherwise}") from None
+        raise UserError(f"{who} matplotlib: pip install 'alexnet-ddp[plots]'.{otherwise}") from None
 
 
 @contextlib.contextmanager
-def figure(path: Path, *, flag: str, size: tuple[float, float]) -> Iterator[Any]:
-    """A matplotlib Figure of `size` inches to draw on, which is then written. Raises UserError where it can't be."""
-    import matplotlib
+def figure(path: Path, *, flag: str, size: tuple[float, float]) -> Iterator[Figure]:
+    """A Figure of `size` inches to draw on, which is then written. Raises UserError where it can't be."""
+    drawn = blank(*size)
+    yield drawn
+    try:
+        write(drawn, path.expanduser())
+    except OSError as error:
+        raise UserError(f"{flag} {path} can't be written: {error.strerror or error}.") from None
+
+
+def blank(width: float, height: float) -> Figure:
+    """A Figure, in inches. Not pyplot's, which would keep it."""
     from matplotlib.figure import Figure
 
-    path = path.expanduser()
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write(drawn: Figure, path: Path, *, dpi: int = 100) -> None:
+    """PNG or SVG by the name's ending; `dpi`: pixels an inch. Raises OSError."""
+    import matplotlib
+
     with matplotlib.rc_context({"svg.hashsalt": "alexnet-ddp", "svg.fonttype": "none"}):  # text stays text
-        drawn = Figure(figsize=size, layout="constrained")
-        yield drawn
-        try:
-            drawn.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-        except OSError as error:
-            raise UserError(f"{flag} {path} can't be written: {error.strerror or error}.") from None
+        drawn.savefig(path, dpi=dpi, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+
+
+def caption(text: str, *, room: int, keep: Literal["beginning", "end"] = "beginning") -> str:
+    """At most `room` characters of a text that isn't ours, to be drawn: `$` would begin a formula. Pure."""
+    if len(text) > room:
+        text = f"{text[:room - 3]}..." if keep == "beginning" else f"...{text[3 - room:]}"
+    return text.replace("$", r"\$")

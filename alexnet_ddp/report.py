@@ -21,6 +21,7 @@ from alexnet_ddp.data.training import Data, largest_part
 from alexnet_ddp.distributed import World
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.run import RunDirectory, Start
+from alexnet_ddp.runfiles import METRICS
 from alexnet_ddp.schedule import ENDS_WITH_THE_RUN
 from alexnet_ddp.sinks import say
 from alexnet_ddp.stop import STOP_FILE
@@ -44,7 +45,7 @@ class Report:
         store.check_space(run_dir / "checkpoints", needed=store.size_on_disk(state), keep=config.checkpoint.keep)
         try:
             sinks.rewrite(run_dir / "config.yaml", recipes.dump(config).splitlines())
-            self._metrics = sinks.MetricsFile(run_dir / "metrics.jsonl", step=place["step"],
+            self._metrics = sinks.MetricsFile(run_dir / METRICS, step=place["step"],
                                               evaluated_step=place["evaluated_step"] or 0)
             self._board = (sinks.TensorBoard(run_dir / "tensorboard", self._metrics.records)
                            if config.log.tensorboard else None)

@@ -20,11 +20,11 @@ from pydantic import ValidationError
 from alexnet_ddp import config as recipes
 from alexnet_ddp import tables
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
-from alexnet_ddp.runfiles import read_identities, read_state
+from alexnet_ddp.runfiles import METRICS, read_identities, read_state
 from alexnet_ddp.sinks import read_records, say
 from alexnet_ddp.words import Parser
 
-METRICS = ("top1", "top5", "loss")
+MEASURES = ("top1", "top5", "loss")
 IDENTITY = "identity of data."  # of an experiment's fields: a fingerprint of the samples, by `train` and `val`
 MEASURED = ("evaluate.crop", "evaluate.crops")  # free on resume, but what is measured hangs on them
 
@@ -79,7 +79,7 @@ def read(run_dir: Path) -> Result:
         raise UserError(f"{path} is no recipe of this program ({why}). Bring back the file: the run's checkpoints hold "
                         "it in manifest.json.") from None
     state = read_state(run_dir)
-    evaluations = [record for record in read_records(run_dir / "metrics.jsonl") if record["kind"] == "evaluate"
+    evaluations = [record for record in read_records(run_dir / METRICS) if record["kind"] == "evaluate"
                    and isinstance(record.get("top1"), int | float)]
     flat = recipes.flatten(recipe.model_dump(mode="json"))
     chosen = {path for path, info in recipes.fields() if info.json_schema_extra["resume"] != "free"} | set(MEASURED)
@@ -150,7 +150,7 @@ def _progress(run: Result) -> str:
 def _spreads(evaluations: Sequence[dict[str, Any] | None]) -> dict[str, Spread]:
     """Over the metrics that all of them have; a loss that isn't finite is null in metrics.jsonl."""
     found = {}
-    for metric in (*METRICS, *(f"ema_{metric}" for metric in METRICS)):
+    for metric in (*MEASURES, *(f"ema_{metric}" for metric in MEASURES)):
         values = [record.get(metric) for record in evaluations if record is not None]
         numbers = [value for value in values if isinstance(value, int | float)]
         if numbers and len(numbers) == len(values):
@@ -172,8 +172,8 @@ def markdown(groups: Sequence[Group]) -> str:
 
 
 def _table(one: Group) -> str:
-    metrics = [metric for metric in (*METRICS, *(f"ema_{metric}" for metric in METRICS))
-               if any(run.best and metric in run.best for run in one.runs)] or list(METRICS)
+    metrics = [metric for metric in (*MEASURES, *(f"ema_{metric}" for metric in MEASURES))
+               if any(run.best and metric in run.best for run in one.runs)] or list(MEASURES)
     heads = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}
     titles = [f"{'EMA ' if metric.startswith('ema_') else ''}{heads[metric.removeprefix('ema_')]}"
               for metric in metrics]

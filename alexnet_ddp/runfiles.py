@@ -2,6 +2,7 @@
 
     state.json        where the run stands (written by rank 0, and by the batch shell once the ranks are gone)
     classes.json      what the logits stand for: the names of the training data's classes, in order
+    metrics.jsonl     every logging step and evaluation (alexnet_ddp.sinks)
     attempts.jsonl    every attempt in a job: when it began, and why it ended and came back or not
 """
 
@@ -22,6 +23,7 @@ from alexnet_ddp.errors import UserError
 STATE = "state.json"
 CLASSES = "classes.json"
 ATTEMPTS = "attempts.jsonl"
+METRICS = "metrics.jsonl"
 LOCAL_JOB = "ALEXNET_LOCAL_JOB"  # environment: JOB.RESTART
 CHECKPOINT = re.compile(r"step_(\d{8,})")
 

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from alexnet_ddp.distributed import World, under_torchrun
-from alexnet_ddp.errors import EXIT_FAILED, EXIT_USER, RunFailed, UserError
+from alexnet_ddp.errors import EXIT_FAILED, EXIT_USER, RunFailed, UserError, first_line
 from alexnet_ddp.stop import StopRequests
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ class Watchdog:
         try:
             self._watch_until_done()
         except Exception as error:
-            self.fail(self._mine(f"the watchdog broke: {_first_line(error)}", traceback.format_exc(), kind="bug"))
+            self.fail(self._mine(f"the watchdog broke: {first_line(error)}", traceback.format_exc(), kind="bug"))
 
     def _watch_until_done(self) -> None:
         orphaned_at = 0.0
@@ -219,7 +219,7 @@ class Watchdog:
             self._fail_for_the_lost_here()
             time.sleep(0.1)
         self._fail_for_a_silent_one()
-        self.fail(self._mine(f"lost the other ranks: {_first_line(error)}", kind="network"))
+        self.fail(self._mine(f"lost the other ranks: {first_line(error)}", kind="network"))
 
     def _fail_for_the_lost_here(self) -> None:
         lost = self._lost_here()
@@ -364,10 +364,6 @@ def _connect() -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
     return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def kind_of(error: BaseException) -> Kind:

@@ -15,6 +15,7 @@ from typing import Any
 
 from alexnet_ddp import config as recipes
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, UserError
+from alexnet_ddp.runfiles import METRICS
 
 RECIPE = Path("configs/demo.yaml")
 CLASSES = 12
@@ -51,7 +52,7 @@ def demo(runs: str) -> int:
 
 def _verdict(stopped: Path, unstopped: Path, *, seconds: float) -> int:
     one, other = _fingerprint(stopped), _fingerprint(unstopped)
-    found = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (stopped / METRICS).read_text().splitlines()]
     last = [record for record in found if record["kind"] == "evaluate"][-1]
     _title("Verdict")
     for name in sorted(one):
@@ -99,7 +100,7 @@ def _share_done(run: Path) -> float:
 
     try:
         state = json.loads((run / "state.json").read_text())
-        records = read_records(run / "metrics.jsonl")
+        records = read_records(run / METRICS)
         return float(records[-1]["step"] / state["total_steps"]) if state["status"] == "running" and records else 0.0
     except (OSError, ValueError, KeyError):
         return 0.0

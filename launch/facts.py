@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.runfiles import Saved, newest_checkpoint, read_attempts, read_state
+from alexnet_ddp.runfiles import METRICS, Saved, newest_checkpoint, read_attempts, read_state
 from launch import slurm
 from launch.slurm import Past, Queued
 
@@ -113,7 +113,7 @@ def _attempts(run_dir: Path) -> list[dict[str, Any]]:
 def _records(run_dir: Path) -> list[dict[str, Any]]:
     """The newest training records, from the end of metrics.jsonl: the file may be long."""
     try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
+        with (run_dir / METRICS).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
             lines = file.read(TAIL).decode(errors="replace").splitlines()
     except OSError:

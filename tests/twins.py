@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -257,3 +258,22 @@ def _environment(pid: int) -> bytes:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return b""
+
+
+def stop_in_the_first(tmp_path: Path) -> tuple[Path, Path, list[str]]:
+    """Begins the runs tiny-seed4 and tiny-seed5 by one command, and stops it by TERM in the first: it is saved, the
+    code is 75, the second isn't begun, and how to go on is told. Returns the recipe, the folder of the runs and the
+    command's words."""
+    recipe = harness.tiny_recipe(
+        tmp_path, train=harness.make_images(tmp_path / "train", samples=20),
+        val=harness.make_images(tmp_path / "val", samples=32, seed=1), epochs=20, schedule__warmup_epochs=0,
+        evaluate__epochs=20, checkpoint__epochs=None, checkpoint__steps=None)
+    runs, words = tmp_path / "runs", ["alexnet_ddp", "train", str(recipe), "seed=4..5"]
+    stopped = Command(words, log=tmp_path / "first.log")
+    stopped.wait_for("step 4/")
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.wait() == 75, stopped.output()
+    assert "stopped by TERM at run 1 of 2; the same command goes on" in stopped.output()
+    assert json.loads((runs / "tiny-seed4" / "state.json").read_text())["status"] == "preempted"
+    assert not (runs / "tiny-seed5").exists()
+    return recipe, runs, words

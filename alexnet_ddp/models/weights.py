@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from alexnet_ddp import config as recipes
 from alexnet_ddp.checkpoint import choose, files, store
-from alexnet_ddp.errors import UserError
+from alexnet_ddp.errors import UserError, first_line
 from alexnet_ddp.models import zoo
 from alexnet_ddp.sinks import say
 from alexnet_ddp.trained import packed_weights
@@ -275,7 +275,7 @@ def _read_pickle(source: Source) -> Weights:
         raise UserError(f"{source.path} holds {what}, which only running code from the file could bring back. Where it "
                         "was made, save the weights alone: torch.save(model.state_dict(), FILE).") from None
     except Exception as error:  # broken bytes break torch's reader anywhere: AssertionError, struct.error, IndexError
-        raise UserError(f"{source.path} is no whole file of torch.save: {_first_line(error)}.") from None
+        raise UserError(f"{source.path} is no whole file of torch.save: {first_line(error)}.") from None
     tensors, model = _state_dict(content, source.path)
     return _from_file(source.path, data, _bare(tensors), model=model)
 
@@ -325,10 +325,6 @@ def _bytes(path: Path) -> bytes:
         return files.read(path)
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}.") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
 # --- torchvision ------------------------------------------------------------------------------------------------
@@ -381,7 +377,7 @@ def _download(entry: Any, path: Path) -> None:
                                            progress=False)  # a bar would fill a log
     except (OSError, RuntimeError) as error:
         raise UserError("torchvision's weights are neither in torch's cache nor to be had from the network "
-                        f"({_first_line(error)}).\nWhere there is a network, fetch {entry.url}\nand put it here as "
+                        f"({first_line(error)}).\nWhere there is a network, fetch {entry.url}\nand put it here as "
                         f"{path}\n(TORCH_HOME says where the cache is).") from None
 
 

@@ -159,8 +159,9 @@ def draw_confusion(model: Model, outcomes: Outcomes, path: Path, *, title: str) 
         axis = drawn.subplots()
         picture = axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
         if classes <= LEGIBLE:
-            axis.set_xticks(range(classes), model.spoken, rotation=90, fontsize=7)
-            axis.set_yticks(range(classes), model.spoken, fontsize=7)
+            called = [plots.caption(name, room=40) for name in model.spoken]
+            axis.set_xticks(range(classes), called, rotation=90, fontsize=7)
+            axis.set_yticks(range(classes), called, fontsize=7)
         if classes <= IN_CELLS:
             for row, column in np.argwhere(counts):
                 axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=6,
@@ -168,6 +169,7 @@ def draw_confusion(model: Model, outcomes: Outcomes, path: Path, *, title: str) 
         axis.set(xlabel="the net's answer", ylabel="true class")
         left_out = len(outcomes) - int(counts.sum())
         more = f", {counted(left_out, 'image')} without an answer" if left_out else ""
-        axis.set_title(f"{title}\ntop-1 {evaluation.top1:.2%} of {counted(len(outcomes), 'image')}{more}", fontsize=8)
+        reached = f"top-1 {evaluation.top1:.2%} of {counted(len(outcomes), 'image')}{more}"
+        axis.set_title(f"{plots.caption(title, room=300)}\n{reached}", fontsize=8)
         drawn.colorbar(picture, shrink=0.7, label="share of the true class")
     print(f"confusion matrix: {path}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -16,6 +17,7 @@ from alexnet_ddp.errors import UserError
 from alexnet_ddp.trained.model import Model, load_model
 from alexnet_ddp.words import Parser
 
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 PATIENCE = 600.0  # seconds that a rank waits for the others
 
 MODEL_HELP = ("a run directory (RUN, RUN@last, RUN@step_N), a checkpoint, a file of weights or an exported net, "
@@ -30,6 +32,12 @@ def parser(name: str, description: str, *, overrides: str = "as in a recipe, suc
     made.add_argument("overrides", metavar=metavar, nargs="*", help=overrides)
     made.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda where it is")
     return made
+
+
+def overrides_among(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are key=value, and the others; a file that is called so is a file."""
+    overrides = [word for word in words if OVERRIDE.match(word) and not os.path.exists(word)]
+    return overrides, [word for word in words if word not in overrides]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,14 +25,13 @@ from alexnet_ddp import plots, tables
 from alexnet_ddp.amounts import human_bytes
 from alexnet_ddp.cores import usable_cores
 from alexnet_ddp.errors import EXIT_FINISHED, OutOfMemory, UserError
-from alexnet_ddp.trained import scatter
+from alexnet_ddp.trained import command, scatter
 from alexnet_ddp.trained.entry import Entry, look, same
 from alexnet_ddp.trained.timing import ROUNDS, Timing, machine, machine_line
 from alexnet_ddp.trained.trial import KINDS, Died, Prepared, Process
 from alexnet_ddp.words import Parser
 
 UNKNOWN = "-"
-OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 
 
 @dataclass
@@ -223,8 +221,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE", help="accuracy against latency and MACs, .png or .svg")
     options = parser.parse_intermixed_args(words)
-    overrides = [word for word in options.models if OVERRIDE.match(word) and not Path(word).exists()]
-    specs = [word for word in options.models if word not in overrides]
+    overrides, specs = command.overrides_among(options.models)
     if options.plot:
         plots.check(options.plot, flag=scatter.FLAG)
     found = compare(specs, overrides, device=options.device, threads=options.threads, seconds=options.seconds,

@@ -21,11 +21,10 @@ from alexnet_ddp.errors import UserError
 from alexnet_ddp.models import zoo
 from alexnet_ddp.models.recipe import create_for
 from alexnet_ddp.models.weights import BEST_RECORD, Source, find, published
+from alexnet_ddp.runfiles import METRICS
 from alexnet_ddp.sinks import read_records
 from alexnet_ddp.trained.exported import ExportedNet
 from alexnet_ddp.trained.model import NOWHERE, load_model
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import secrets
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,9 +79,7 @@ def export(model: Model, out: Path, *, format: Format, precision: Precision = "f
     if precision == "fp16":
         parity.refuse_overflow(model, pixels)
     told = Told.of(model, precision=precision)
-    fresh = out.with_name(f".tmp-{secrets.token_hex(4)}-{out.name}")
-    packed_weights.sweep(out)
-    try:
+    with packed_weights.replacing(out) as fresh:
         written = _write(model, fresh, format=format, told=told, batch=batch)
         found = _parity(model, fresh, pixels=pixels, pictures=pictures, precision=precision, tolerance=tolerance)
         if not found.holds:
@@ -91,13 +87,6 @@ def export(model: Model, out: Path, *, format: Format, precision: Precision = "f
                             + (" Leave out --half." if precision == "fp16" else ""))
         if out.exists() and not replace:
             raise UserError(_exists(out))
-        os.replace(fresh, out)
-        files.sync_directory(out.parent)
-    except OSError as error:
-        raise UserError(f"{out} can't be written: {error.strerror or error}. Make room, or name another place.") from (
-            None)
-    finally:
-        fresh.unlink(missing_ok=True)
     return Exported(out, written, found, [*model.notes, *notes])
 
 
@@ -234,7 +223,7 @@ def parser() -> Parser:
 
 
 def main(words: list[str]) -> int:
-    if "--rollback" in words:
+    if any(word.startswith("--ro") and "--rollback".startswith(word) for word in words):  # or its beginning
         return _rollback(words)
     options = parser().parse_intermixed_args(words)
     if options.repo is None and options.name is not None:

@@ -17,7 +17,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +30,10 @@ from alexnet_ddp import __version__
 from alexnet_ddp import config as recipes
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.config import Config
-from alexnet_ddp.errors import UserError
+from alexnet_ddp.errors import UserError, first_line
 from alexnet_ddp.models.weights import Source
-from alexnet_ddp.trained.model import NOWHERE, Model
-from alexnet_ddp.trained.packed_weights import MARK, PARTS, VERSION, Packed
+from alexnet_ddp.trained.model import NAMELESS, Model, changed, config_in_use
+from alexnet_ddp.trained.packed_weights import MARK, VERSION, Packed, parse
 from alexnet_ddp.trained.preprocessing import Preprocessing
 from alexnet_ddp.trained.program_file import refuse_code
 
@@ -70,11 +70,9 @@ def read_told(texts: Mapping[str, str], *, where: str) -> Packed | None:
     try:
         if texts[MARK] != VERSION:
             raise ValueError(f"layout {texts[MARK]}, this version reads {VERSION}")
-        parts = {name: json.loads(texts[name]) for name in PARTS}
-        if wrong := [name for name, kind in PARTS.items() if not isinstance(parts[name], kind)]:
-            raise ValueError(f"{wrong[0]} is not what it must be")
-        Preprocessing.from_plain(parts["preprocessing"])
-        return Packed(**{**parts, "classes": tuple(parts["classes"])}, model=texts["model"])
+        told = parse(texts)
+        Preprocessing.from_plain(told.preprocessing)
+        return told
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"What {where} says of itself isn't understood ({error}). Export the net anew.") from None
 
@@ -132,14 +130,12 @@ def open_exported(source: Source, overrides: Sequence[str], device: torch.device
         told = _foreign(source.path, signature, chosen)
         notes.append(f"{where} doesn't say how images are brought to it: the recipe's defaults are taken where nothing "
                      "else is asked for (augment.mean, augment.std, evaluate.crop)")
-    tree = {**told.recipe, "init_from": None, "memory": {}, "freeze": [], "sparsity": "free"}
-    before = _config(tree)
-    config = _config(recipes.apply_overrides(tree, overrides))
-    preprocessing = _changed(Preprocessing.from_plain(told.preprocessing), before=before, after=config)
+    config = config_in_use(recipes.apply_overrides(told.recipe, overrides))
+    preprocessing = changed(Preprocessing.from_plain(told.preprocessing), before=config_in_use(told.recipe), now=config)
     _check(where, signature, config, preprocessing)
     classes = tuple(map(str, told.classes))
     if not classes:
-        notes.append("the names of its classes aren't known: they are numbers")
+        notes.append(NAMELESS)
     facts = {**told.facts, "source": where, "path": str(source.path.resolve()),
              "sha256": files.measure(source.path).sha256}
     net = ExportedNet(run, signature=signature, classes=config.model.num_classes)
@@ -149,19 +145,6 @@ def open_exported(source: Source, overrides: Sequence[str], device: torch.device
 def _where(where: str, told: Packed) -> str:
     step = told.facts.get("step")
     return f"{where} ({told.model}" + (f", step {step})" if step is not None else ")")
-
-
-def _config(tree: dict[str, Any]) -> Config:
-    """A recipe for a net that is only used: it need not say what to train on."""
-    data = {**tree.get("data", {})}
-    return recipes.build({**tree, "data": {**data, "train": data.get("train") or NOWHERE}})
-
-
-def _changed(told: Preprocessing, *, before: Config, after: Config) -> Preprocessing:
-    """The file's own, but for what overrides have changed."""
-    then, now = Preprocessing.of(before), Preprocessing.of(after)
-    return replace(told, **{each.name: getattr(now, each.name) for each in fields(now)
-                            if getattr(now, each.name) != getattr(then, each.name)})
 
 
 def _check(where: str, signature: Signature, config: Config, preprocessing: Preprocessing) -> None:
@@ -188,7 +171,7 @@ def _foreign(path: Path, signature: Signature, chosen: Sequence[tuple[list[str],
     tree: dict[str, Any] = {"model": {"num_classes": signature.classes or told["model.num_classes"],
                                       "in_channels": signature.channels or 3},
                             "augment": {"size": signature.sides[0] or told["augment.size"]}}
-    preprocessing = Preprocessing.of(_config(tree)).plain()
+    preprocessing = Preprocessing.of(config_in_use(tree)).plain()
     return Packed(model=path.stem, recipe=tree, classes=(), preprocessing=preprocessing)
 
 
@@ -219,7 +202,7 @@ def _open_onnx(path: Path, device: torch.device) -> Opened:
     try:
         session = runtime.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
     except Exception as error:  # of a dozen classes of the runtime's own
-        raise UserError(f"{path} is no whole ONNX file that onnxruntime can run: {_first(error)}.") from None
+        raise UserError(f"{path} is no whole ONNX file that onnxruntime can run: {first_line(error)}.") from None
     inputs, outputs = session.get_inputs(), session.get_outputs()
     shapes = [[_number(side) for side in value.shape] for value in (*inputs, *outputs)]
     signature = _signature(path, shapes, inputs=len(inputs))
@@ -262,7 +245,7 @@ def _open_program(path: Path, device: torch.device) -> Opened:
         texts = json.loads(extra[TOLD]) if extra[TOLD] else {}
     except Exception as error:  # whatever a damaged archive makes of itself
         raise UserError(f"{path} is no whole program of torch.export that torch {torch.__version__} can read: "
-                        f"{_first(error)}.") from None
+                        f"{first_line(error)}.") from None
     taken, given = set(program.graph_signature.user_inputs), program.graph_signature.user_outputs
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     shown = [values[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in taken]
@@ -278,7 +261,3 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(?!alexnet_ddp)")
         yield
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

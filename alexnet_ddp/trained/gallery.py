@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from alexnet_ddp import plots
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.evaluate import TILE
 from alexnet_ddp.trained import classes as names
@@ -26,36 +27,17 @@ if TYPE_CHECKING:
 
     from alexnet_ddp.trained.evaluation import Outcomes
 
-FORMATS = ("png", "svg")
 Record = dict[str, Any]
 
 
-def require_matplotlib() -> None:
-    """Raises UserError where matplotlib isn't here."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("Pictures need matplotlib: pip install 'alexnet-ddp[plots]'.") from None
-
-
 def save(figure: Figure, path: Path) -> Path:
-    """Writes a picture. Raises UserError."""
-    import matplotlib
-
+    """Writes a picture, and the folder it lies in. Raises UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context({"svg.hashsalt": "alexnet-ddp", "svg.fonttype": "none"}):  # text stays text
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plots.write(figure, path, dpi=150)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}. Choose another --out.") from None
     return path
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Inches. Not pyplot's, which would keep it."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------
@@ -103,7 +85,7 @@ def kernels(model: Model) -> Figure:
         top, left = (place * (side + edge) + edge for place, side in
                      zip(divmod(number, columns), (height, width), strict=True))
         sheet[top:top + height, left:left + width] = picture
-    figure = _figure(9, 9 * sheet.shape[0] / sheet.shape[1] + 0.5)
+    figure = plots.blank(9, 9 * sheet.shape[0] / sheet.shape[1] + 0.5)
     axis = figure.subplots()
     axis.imshow(sheet if channels == 3 else sheet[..., 0], interpolation="nearest", cmap="gray", vmin=0, vmax=1)
     axis.set_axis_off()
@@ -122,7 +104,7 @@ def curves(records: Sequence[Record], *, title: str) -> Figure:
     held_out = [record for record in records if record["kind"] == "evaluate"]
     if not train and not held_out:
         raise UserError("metrics.jsonl has no records of training yet.")
-    figure = _figure(8, 8)
+    figure = plots.blank(8, 8)
     loss, accuracy, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.5])
     drawn = [(loss, train, "loss", "training", 1.0), (loss, held_out, "loss", "held out", 1.0),
              (loss, held_out, "ema_loss", "held out, mean of the weights", 1.0),
@@ -189,19 +171,18 @@ def mistakes(model: Model, source: Source, worst: Sequence[Mistake], *, title: s
     """The worst mistakes with their pictures as the net sees them, the worst first."""
     seen = shown_to_the_net(model, source, (one.sample for one in worst))
     rows = -(-len(worst) // columns)
-    figure = _figure(2.2 * columns, 2.75 * rows + 0.4)
+    figure = plots.blank(2.2 * columns, 2.75 * rows + 0.4)
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:
         axis.set_axis_off()
     for axis, one in zip(axes, worst, strict=False):
         picture = seen[one.sample]
         axis.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=255)
-        axis.set_title(f"{_short(one.true)}\ntaken for {_short(one.predicted)}, {one.probability:.1%}\n"
+        axis.set_title(f"{_caption(one.true)}\ntaken for {_caption(one.predicted)}, {one.probability:.1%}\n"
                        f"loss {one.loss:.2f}", fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure
 
 
-def _short(name: str) -> str:
-    """For a caption; `$` would begin a formula."""
-    return (name if len(name) <= 22 else name[:20] + "...").replace("$", r"\$")
+def _caption(name: str) -> str:
+    return plots.caption(name, room=23)

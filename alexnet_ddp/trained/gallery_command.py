@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alexnet_ddp import tables
+from alexnet_ddp import plots, tables
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.models.weights import find
+from alexnet_ddp.runfiles import METRICS
 from alexnet_ddp.sinks import read_records
 from alexnet_ddp.trained import command, gallery
 from alexnet_ddp.trained.evaluation import evaluate_model
@@ -14,6 +15,7 @@ from alexnet_ddp.trained.model import NOWHERE, Model, load_model
 from alexnet_ddp.trained.tiles import open_source
 
 FOLDER = "pictures"  # in a run directory
+KINDS = [suffix.removeprefix(".") for suffix in plots.FORMATS]
 LISTED = 10  # mistakes in the table
 MOST = 500  # mistakes in a picture, five in a row: a picture's height has a limit (2**16 pixels)
 
@@ -28,9 +30,9 @@ def visualize(model: Model, run: Path | None, *, out: Path, kind: str = "png", m
     most  so many mistakes, up to MOST
     """
     _check_most(most)
-    if kind not in gallery.FORMATS:
-        raise UserError(f"--format must be {' or '.join(gallery.FORMATS)}, got '{kind}'.")
-    gallery.require_matplotlib()
+    if kind not in KINDS:
+        raise UserError(f"--format must be {' or '.join(KINDS)}, got '{kind}'.")
+    plots.require("Pictures need")
     drawn: dict[str, Path] = {}
 
     def file(name: str) -> Path:
@@ -44,7 +46,7 @@ def visualize(model: Model, run: Path | None, *, out: Path, kind: str = "png", m
         command.tell_notes([f"no kernels: {error}"])
     if run is not None:
         try:
-            figure = gallery.curves(read_records(run / "metrics.jsonl"), title=f"{run.name} ({model.name})")
+            figure = gallery.curves(read_records(run / METRICS), title=f"{run.name} ({model.name})")
             drawn["curves"] = gallery.save(figure, file("curves"))
         except UserError as error:
             command.tell_notes([f"no curves: {error}"])
@@ -92,19 +94,19 @@ def main(words: list[str]) -> int:
                             "training curves, and the held-out images that it is most mistaken about. Of a MODEL that "
                             "is no run the kernels, and with data.val=... the mistakes.")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: RUN/{FOLDER}")
-    parser.add_argument("--format", choices=gallery.FORMATS, default="png")
+    parser.add_argument("--format", choices=KINDS, default="png")
     parser.add_argument("--mistakes", type=int, default=20, metavar="N", help="so many of them (default: 20; 0: none)")
     options = parser.parse_intermixed_args(words)
     _check_most(options.mistakes)
     source = find(options.model)
     run = {"best": source.path, "checkpoint": source.path.parent.parent}.get(source.kind)
-    if run is not None and not (run / "metrics.jsonl").is_file():
+    if run is not None and not (run / METRICS).is_file():
         run = None  # a checkpoint by itself
     out = options.out or (run / FOLDER if run is not None else None)
     if out is None:
         raise UserError(f"{options.model} is no run directory: say with --out DIR where its pictures are to go. Its "
                         "kernels can be drawn; training curves are a run's.")
-    gallery.require_matplotlib()
+    plots.require("Pictures need")
     with command.group(options.device) as world:
         if world.size > 1:
             raise UserError("visualize works alone: start it without torchrun.")

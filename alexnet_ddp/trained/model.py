@@ -135,7 +135,7 @@ def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str |
     source = find(spec)
     if source.kind == "net":
         tree = recipes.apply_overrides({"model": {"name": source.name}}, overrides)
-        config = _config(tree)
+        config = config_in_use(tree)
         torch.manual_seed(config.seed)
         notes = [f"{source.name} has no trained weights: these are fresh ones, of seed {config.seed}"]
         return _model(config, None, where=f"{source.name}, fresh weights", notes=notes, device=device,
@@ -146,16 +146,16 @@ def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str |
         return open_exported(source, overrides, device)
     weights = read_weights(spec)
     tree = _tree(weights, overrides)
-    config = _config(recipes.apply_overrides(tree, overrides))
+    config = config_in_use(recipes.apply_overrides(tree, overrides))
     preprocessing = Preprocessing.of(config)
     notes = []
     if source.kind == "torchvision":
         theirs, more = _torchvision_preprocessing(source.name, preprocessing)
-        preprocessing = changed(theirs, before=_config(tree), now=config)
+        preprocessing = changed(theirs, before=config_in_use(tree), now=config)
         notes += more
     if weights.packed is not None:
         told = _packed_preprocessing(weights.packed, where=weights.where)
-        preprocessing = changed(told, before=_config(weights.packed.recipe), now=config)
+        preprocessing = changed(told, before=config_in_use(weights.packed.recipe), now=config)
     model = _model(config, weights, where=weights.where, notes=notes, device=device, preprocessing=preprocessing)
     model.classes = _classes(source, weights, config)
     if not model.classes:
@@ -163,7 +163,7 @@ def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str |
     return model
 
 
-def _config(tree: dict[str, Any]) -> Config:
+def config_in_use(tree: dict[str, Any]) -> Config:
     """A recipe for a net that is only used: it need not say what to train on."""
     tree = {"init_from": None, **tree}
     data = {**tree.get("data", {})}

@@ -22,7 +22,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,20 @@ def write(path: Path, *, tensors: Mapping[str, Tensor], packed: Packed) -> files
     check_path(path)
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     told = packed.metadata()
-    sweep(path)
+    with replacing(path) as fresh:
+        return files.write_tensors(fresh, tensors=plain, metadata={**PYTORCH, **told, DIGEST: digest(plain, told)})
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A fresh name beside `path` to write to and flush: it becomes `path` at the end, or is removed after an error.
+
+    Raises UserError when the disk refuses.
+    """
+    _sweep(path)
     fresh = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
-        written = files.write_tensors(fresh, tensors=plain,
-                                      metadata={**PYTORCH, **told, DIGEST: digest(plain, told)})
+        yield fresh
         os.replace(fresh, path)
         files.sync_directory(path.parent)
     except OSError as error:
@@ -90,10 +100,9 @@ def write(path: Path, *, tensors: Mapping[str, Tensor], packed: Packed) -> files
             None)
     finally:
         fresh.unlink(missing_ok=True)
-    return written
 
 
-def sweep(path: Path) -> None:
+def _sweep(path: Path) -> None:
     """Removes what killed writers of this file have left: they may run elsewhere, so only what is LEFT seconds old."""
     for left in path.parent.glob(f".tmp-*-{glob.escape(path.name)}"):
         try:
@@ -117,14 +126,18 @@ def read(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, where: s
     try:
         if metadata[DIGEST] != digest(tensors, told):
             raise ValueError("its content differs from its checksum")
-        parts = {name: json.loads(told[name]) for name in PARTS}
-        if wrong := [name for name, kind in PARTS.items() if not isinstance(parts[name], kind)]:
-            raise ValueError(f"{wrong[0]} is not what it must be")
-        packed = Packed(**{**parts, "classes": tuple(parts["classes"])}, model=told["model"],
-                        quantization=json.loads(told[QUANTIZATION]) if QUANTIZATION in told else None)
+        return parse(told)
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{where} is damaged: {error}. Write it anew.") from None
-    return packed
+
+
+def parse(texts: Mapping[str, str]) -> Packed:
+    """What `Packed.metadata` wrote. Raises KeyError, ValueError, TypeError for anything else."""
+    parts = {name: json.loads(texts[name]) for name in PARTS}
+    if wrong := [name for name, kind in PARTS.items() if not isinstance(parts[name], kind)]:
+        raise ValueError(f"{wrong[0]} is not what it must be")
+    return Packed(**{**parts, "classes": tuple(parts["classes"])}, model=texts["model"],
+                  quantization=json.loads(texts[QUANTIZATION]) if QUANTIZATION in texts else None)
 
 
 def digest(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str:

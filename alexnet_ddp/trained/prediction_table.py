@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from alexnet_ddp.trained.pictures import Pictures, find_pictures
 from alexnet_ddp.trained.prediction import Answer, classify, views
 
 DRAWN = 16  # pictures on one sheet
-KEY = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
+ROOM = 28  # characters of a caption
 COLUMNS = ("path", "place", "class", "name", "probability", "error")
 
 
@@ -35,8 +34,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--show", metavar="FILE", help=f"draw the first {DRAWN} pictures with their bars, as .png or "
                         ".svg")
     options = parser.parse_intermixed_args(words)
-    overrides = [word for word in options.overrides if KEY.match(word) and not os.path.exists(word)]
-    places = [word for word in options.overrides if word not in overrides]
+    overrides, places = command.overrides_among(options.overrides)
     if not places:
         raise UserError("predict takes pictures: files, folders or tars, after the MODEL.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -119,20 +117,16 @@ def draw(model: Model, answers: Sequence[Answer], pictures: Pictures, path: Path
         for number, (answer, view) in enumerate(zip(answers, seen, strict=True)):
             left, right = grid[number // across][2 * (number % across):][:2]
             left.imshow(view[..., 0] if view.shape[-1] == 1 else view, cmap="gray", vmin=0, vmax=255)
-            left.set_title(_short(answer.where), fontsize=7)
+            left.set_title(plots.caption(answer.where, room=ROOM, keep="end"), fontsize=7)
             if answer.error is not None:
-                right.text(0, 0.5, _short(answer.error, room=50), fontsize=7)
+                right.text(0, 0.5, plots.caption(answer.error, room=50), fontsize=7)
                 continue
             right.axis("on")
             guesses = answer.guesses[::-1]
             places = range(len(guesses))
             right.barh(places, [guess.probability for guess in guesses], color="tab:blue")
-            right.set_yticks(places, [_short(guess.name) for guess in guesses], fontsize=7)
+            right.set_yticks(places, [plots.caption(guess.name, room=ROOM) for guess in guesses], fontsize=7)
             right.set_xlim(0, 1)
             right.tick_params(axis="x", labelsize=6)
     print(f"alexnet-ddp: {path}: {counted(len(answers), 'picture')}", file=sys.stderr)
 
-
-def _short(text: str, *, room: int = 28) -> str:
-    """The end of a long text, which tells more of a path than its beginning. `$` would be mathematics."""
-    return (text if len(text) <= room else f"...{text[3 - room:]}").replace("$", r"\$")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alexnet_ddp.amounts import human_bytes
 from alexnet_ddp.data.caches.space import memory_left
-from alexnet_ddp.errors import OutOfMemory, UserError
+from alexnet_ddp.errors import OutOfMemory, UserError, first_line
 from alexnet_ddp.models.dropout import set_dropout_rows
 from alexnet_ddp.optim import create_optimizer
 from alexnet_ddp.sections import OptimSection
@@ -148,7 +148,7 @@ class Trial:
         try:
             self._time("training", batch, seconds=0.0, calls=2)
         except (ValueError, RuntimeError, MemoryError) as error:  # batch norm of one value a channel, among others
-            why = "its memory isn't there" if no_memory(error) else _first_line(error)
+            why = "its memory isn't there" if no_memory(error) else first_line(error)
             return None, [f"{self.entry.spec}: not trained at a batch of {batch}, {why}"]
         finally:
             grown = self._grown()
@@ -170,7 +170,7 @@ class Trial:
             except (ValueError, RuntimeError, MemoryError) as error:  # an exported net may take one image and no more
                 if not tried:
                     raise
-                why = "its memory isn't there" if no_memory(error) else _first_line(error)
+                why = "its memory isn't there" if no_memory(error) else first_line(error)
                 return tried, f"a batch of {batch} can't be taken: {why}"
             quickest = min(taken[1:])
             tried.append(Tried(batch, batch / quickest, self._grown()))
@@ -210,10 +210,6 @@ def best_of(tried: Sequence[Tried]) -> Tried:
 
 def no_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --- in a process of its own ------------------------------------------------------------------------------------
