@@ -1,4 +1,4 @@
-"""A recipe: YAML and `key=value` overrides, composed, typed, checked and compared.
+"""A recipe: YAML and `key=value` overrides, composed, typed and checked.
 
     config = load("configs/demo.yaml", ["seed=1", "optim.lr=0.02"])
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError, field_validator
 
+from alexnet_ddp import dialect, rules
 from alexnet_ddp import sections as s
-from alexnet_ddp.determinism import check_name
 from alexnet_ddp.errors import UserError
 
 
@@ -74,73 +73,6 @@ class Config(s.Section):
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's scalars: `1e-4` is a number, `off`, `no` and `on` are words; a key given twice is refused."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers
-            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int",
-                           "tag:yaml.org,2002:timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
-                              list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"),
-                              list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"))
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise UserError(f"{_place(key_node)}: a key must be a word, got {key!r}.")
-        if key in found:
-            raise UserError(f"{_place(key_node)}: key '{key}' is given twice; keep one.")
-        found[key] = loader.construct_object(value_node, deep=True)
-    return found
-
-
-def _place(node: yaml.Node) -> str:
-    return f"{node.start_mark.name}, line {node.start_mark.line + 1}"
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-
-def read_yaml(path: str | Path, *, what: str = "recipe") -> dict[str, Any]:
-    """The mapping a YAML file holds. Raises UserError for a missing, unreadable or malformed file, called `what`."""
-    path = Path(path)
-    try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"No {what} at {path}.{_recipes_nearby(path) if what == 'recipe' else ''}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The {what} {path} can't be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"The {what} {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"The {what} {path} must be a mapping of keys to values, got {type(content).__name__}.")
-    return content
-
-
-def _recipes_nearby(path: Path) -> str:
-    for folder in (path.parent, Path("configs")):
-        names = sorted(str(found) for found in folder.glob("*.yaml")) if folder.is_dir() else []
-        if names:
-            near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.4)
-            return f" Did you mean {near[0]}?" if near else f" There are: {', '.join(names[:8])}."
-    return ""
-
-
 def parse_override(text: str) -> tuple[list[str], Any]:
     """`optim.lr=1e-2` -> (["optim", "lr"], 0.01). Raises UserError when it isn't `key=value`."""
     key, equals, value = text.partition("=")
@@ -149,7 +81,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         raise UserError(f"An override is written key=value, got '{text}'. "
                         "Example: optim.lr=0.02 data.train=/data/train")
     try:
-        return key.split("."), yaml.load(value, Loader=_Loader) if value.strip() else None
+        return key.split("."), yaml.load(value, Loader=dialect.Loader) if value.strip() else None
     except yaml.YAMLError:
         return key.split("."), value
 
@@ -187,7 +119,7 @@ def build(tree: dict[str, Any]) -> Config:
         lines = [_explain(path, problems) for path, problems in wrong.items()]
         raise UserError("The recipe has " + ("a mistake" if len(lines) == 1 else f"{len(lines)} mistakes")
                         + ":\n" + "\n".join(f"  {line}" for line in lines)) from None
-    check(config)
+    rules.check(config)
     return config
 
 
@@ -311,154 +243,12 @@ def fields() -> Iterator[tuple[str, Any]]:
             yield name, info
 
 
-def check(config: Config) -> None:
-    """Rules that span fields. Raises UserError that states the rule, what was found and what to change."""
-    if not config.data.train:
-        raise UserError("data.train must say where the training images lie: a folder, a tar, or file.tar::sub/path. "
-                        "Example: data.train=/data/imagenet/train")
-    for name, (low, high) in (("scale", config.augment.scale), ("ratio", config.augment.ratio)):
-        if not 0 < low <= high or (name == "scale" and high > 1):
-            raise UserError(f"augment.{name} must be [low, high] with 0 < low <= high"
-                            f"{' <= 1' if name == 'scale' else ''}, got [{low}, {high}].")
-    if min(config.augment.std) <= 0:
-        raise UserError(f"augment.std must be above 0 in every channel, got {list(config.augment.std)}.")
-    check_colours(config.augment)
-    if config.global_batch == 1 and (config.augment.mixup or config.augment.cutmix):
-        raise UserError("augment.mixup and augment.cutmix blend the images of a step with each other, got "
-                        "global_batch=1. Use a larger global_batch, or set both to 0.")
-    if config.schedule.warmup_epochs >= config.epochs:
-        raise UserError(f"schedule.warmup_epochs must be under epochs, got {config.schedule.warmup_epochs:g} of "
-                        f"{config.epochs}: the whole run would be warmup.")
-    check_schedule(config)
-    if config.optim.nesterov and (config.optim.name != "sgd" or config.optim.momentum == 0):
-        raise UserError("optim.nesterov needs optim.name=sgd and a momentum above 0, got "
-                        f"optim.name={config.optim.name} and optim.momentum={config.optim.momentum:g}.")
-    check_name(config.model.name, deterministic=config.deterministic, on_gpu=config.device == "cuda")
-    if config.model.in_channels == 2:
-        raise UserError("model.in_channels must be 3 (colour) or 1 (grey), got 2.")
-    if config.data.stored.startswith("raw") and config.augment.crop == "squash":
-        raise UserError(f"data.stored={config.data.stored} holds only the central square, so augment.crop=squash can't "
-                        "see the whole image. Use data.stored=original or short256.")
-    if config.data.cache != "none" and config.data.assignment != "owner":
-        raise UserError(f"data.cache={config.data.cache} needs data.assignment=owner, so that a rank always trains on "
-                        "the same samples and keeps only those. Add data.assignment=owner.")
-    if config.data.cache == "gpu" and not config.data.stored.startswith("raw"):
-        raise UserError(f"data.cache=gpu keeps raw records, got data.stored={config.data.stored}. Use "
-                        "data.stored=raw256 (or another rawN), or data.cache=ram.")
-    if not re.fullmatch(r"[\w][\w.+=-]*", config.name or "x"):
-        raise UserError(f"name must be letters, digits, '_', '-', '.', '+' or '=', got '{config.name}': "
-                        "it names a folder.")
-    if config.sparsity == "keep" and config.init_from is None:
-        raise UserError("sparsity=keep keeps the zeros of the weights that a run begins with, but fresh weights have "
-                        "none. Name a pruned net: init_from=FILE.safetensors.")
-    if config.deadline is not None:
-        parse_duration(config.deadline)
-
-
-def check_schedule(config: Config) -> None:
-    """Rules of the learning rate's shape. Raises UserError."""
-    schedule, lr = config.schedule, config.optim.lr
-    if schedule.name in ("cosine", "polynomial") and schedule.eta_min > lr:
-        raise UserError(f"schedule.eta_min must not exceed optim.lr, got {schedule.eta_min:g} and {lr:g}.")
-    if schedule.name == "multistep":
-        listed = f"[{', '.join(f'{milestone:g}' for milestone in schedule.milestones)}]"
-        if sorted(set(schedule.milestones)) != schedule.milestones:
-            raise UserError(f"schedule.milestones must ascend, each epoch named once, got {listed}.")
-        if schedule.milestones[-1] >= config.epochs:
-            raise UserError(f"schedule.milestones must lie below epochs, got {listed} in a run of {config.epochs}: the "
-                            "last would never come. Take out those beyond, or train longer.")
-    left = schedule.gamma**config.epochs
-    if schedule.name == "exponential" and left < 1e-9:
-        raise UserError(f"schedule.gamma is the factor of an epoch with schedule.name=exponential: {schedule.gamma:g} "
-                        f"over {config.epochs} epochs leaves {left:.0e} of optim.lr, too little to move a weight. "
-                        f"schedule.gamma={0.001 ** (1 / config.epochs):.3g} would leave a thousandth.")
-
-
-def check_colours(augment: s.AugmentSection) -> None:
-    """The principal components of lighting: both or none, and vectors that are unit and at right angles."""
-    values, vectors = augment.pca_eigenvalues, augment.pca_eigenvectors
-    if (values is None) != (vectors is None):
-        raise UserError("augment.pca_eigenvalues and augment.pca_eigenvectors belong together, got only one of them. "
-                        "Set both as `alexnet-ddp data stats` prints them, or none for ImageNet's.")
-    for row, vector in enumerate(vectors or ()):
-        for other, against in enumerate((vectors or ())[:row + 1]):
-            product = sum(a * b for a, b in zip(vector, against, strict=True))
-            if abs(product - (row == other)) > 0.01:
-                raise UserError(
-                    f"augment.pca_eigenvectors must be three rows of length 1 at right angles to each other, got a "
-                    f"product of {product:.3f} of rows {other + 1} and {row + 1}. Copy them from `alexnet-ddp data "
-                    "stats`.")
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of `90m`, `4h`, `1h30m`, `2d`, `45` (minutes, as Slurm has it), `HH:MM:SS` or `D-HH:MM:SS`."""
-    text = str(text).strip()
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    if re.fullmatch(r"(?:\d+(?:\.\d+)?[smhd])+", text):
-        return sum(float(n) * units[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)([smhd])", text))
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if match:
-        days, a, b, c = (int(part) if part else 0 for part in match.groups())
-        if match[1]:  # days-hours[:minutes[:seconds]]
-            return days * 86400.0 + a * 3600 + b * 60 + c
-        if match[4]:
-            return a * 3600.0 + b * 60 + c
-        return a * 60.0 + b  # minutes[:seconds]
-    raise UserError(f"A duration is written 90m, 4h, 1h30m, 45 (minutes), HH:MM:SS or D-HH:MM:SS, got '{text}'.")
-
-
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads, overrides and checks a recipe. The run's name is the file's where none is given."""
-    tree = apply_overrides(read_yaml(path), overrides)
+    tree = apply_overrides(dialect.read_yaml(path), overrides)
     if not tree.get("name"):
         tree["name"] = Path(path).stem
     return build(tree)
-
-
-# --- writing and comparing --------------------------------------------------------------------------------------
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would take for something else than a string (`off` and `1e4`)."""
-
-
-_Dumper.yaml_implicit_resolvers = {
-    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _Loader.yaml_implicit_resolvers.get(first, [])
-    for first in yaml.SafeDumper.yaml_implicit_resolvers.keys() | _Loader.yaml_implicit_resolvers.keys()
-}
-
-
-def dump(config: Config) -> str:
-    """The effective recipe as YAML that reads back to an equal one."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, default_flow_style=None,
-                     width=110)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-class Change(s.Section):
-    """One field that differs between the recipe a run was started with and the one it is resumed with."""
-
-    path: str
-    effect: s.Effect
-    before: Any
-    now: Any
-
-    def __str__(self) -> str:
-        return f"{self.path}: {_show(self.before)} -> {_show(self.now)}"
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)
 
 
 def stored(tree: dict[str, Any]) -> Config:
@@ -472,40 +262,7 @@ def stored(tree: dict[str, Any]) -> Config:
     return Config.model_validate(known)
 
 
-def differences(before: dict[str, Any], now: Config) -> list[Change]:
-    """What changed against a stored recipe (a plain tree), each with its effect on resume.
-
-    A field the old recipe doesn't know counts with its default; one that no longer exists is passed over.
-    """
-    effects = {path: info.json_schema_extra["resume"] for path, info in fields()}
-    defaults = flatten(Config().model_dump(mode="json"))
-    old, new = defaults | flatten(before), flatten(now.model_dump(mode="json"))
-    return [Change(path=path, effect=effects[path], before=old[path], now=new[path])
-            for path in effects if not _same(old[path], new[path])]
-
-
-def refusal(changes: list[Change], config: Config, *, accept: bool) -> str:
-    """Why a run isn't gone on with after these changes of effect `order`, with the ways out; "" where it is. Pure.
-
-    `accept`: --accept-changes, which lets in all but what decides which weights there are and what a step is.
-    """
-    fixed = [change for change in changes
-             if change.path in ("global_batch", "init_from", "freeze") or change.path.startswith("model.")]
-    if not changes or (accept and not fixed):
-        return ""
-    ways = (f"Give the new run a name of its own (name={config.name}_2), start over with --fresh (keeps the old "
-            "directory under another name), or undo the change.")
-    if not fixed:
-        ways += " To go on all the same: --accept-changes."
-    if any(change.path == "freeze" for change in changes):
-        ways += (f" A new run can begin with the weights of this one: name={config.name}_2 "
-                 f"init_from={config.run_dir}@last.")
-    listed = "\n".join(f"  {change}" for change in changes)
-    return (f"{config.run_dir} was started with another recipe, and this would change the experiment:\n{listed}\n"
-            f"{ways}")
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
-        return True
-    return bool(a == b)
+def dump(config: Config) -> str:
+    """The effective recipe as YAML that reads back to an equal one."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=dialect.Dumper, sort_keys=False, default_flow_style=None,
+                     width=110)

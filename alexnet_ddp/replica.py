@@ -13,8 +13,9 @@ from alexnet_ddp.distributed import World, on_rank_0
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models.dropout import set_dropout_rows
+from alexnet_ddp.models.fitting import put_into
 from alexnet_ddp.models.frozen import within
-from alexnet_ddp.models.weights import Weights, put_into
+from alexnet_ddp.models.weights import Weights
 from alexnet_ddp.optim import named_state
 from alexnet_ddp.step import Step
 

@@ -18,7 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from alexnet_ddp import config as recipes
-from alexnet_ddp import tables
+from alexnet_ddp import dialect, tables
+from alexnet_ddp.changes import flatten
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.runfiles import METRICS, read_identities, read_state
 from alexnet_ddp.sinks import read_records, say
@@ -72,7 +73,7 @@ def read(run_dir: Path) -> Result:
     """A run's result. Raises UserError for a directory that isn't a run's, or whose recipe can't be read."""
     path = run_dir / "config.yaml"
     try:
-        recipe = recipes.stored(recipes.read_yaml(path, what="recipe of the run"))
+        recipe = recipes.stored(dialect.read_yaml(path, what="recipe of the run"))
     except (ValidationError, AttributeError, TypeError) as error:
         said = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, said['loc']))}: {said['msg']}" if said else str(error)
@@ -81,7 +82,7 @@ def read(run_dir: Path) -> Result:
     state = read_state(run_dir)
     evaluations = [record for record in read_records(run_dir / METRICS) if record["kind"] == "evaluate"
                    and isinstance(record.get("top1"), int | float)]
-    flat = recipes.flatten(recipe.model_dump(mode="json"))
+    flat = flatten(recipe.model_dump(mode="json"))
     chosen = {path for path, info in recipes.fields() if info.json_schema_extra["resume"] != "free"} | set(MEASURED)
     experiment = {path: flat[path] for path in flat if path in chosen and path != "seed"}
     return Result(str(run_dir), run_dir.name, recipe.seed, str(state.get("status") or "new"), state.get("step"),

@@ -18,6 +18,7 @@ import torch
 
 import alexnet_ddp
 from alexnet_ddp import config as recipes
+from alexnet_ddp.changes import differences, refusal
 from alexnet_ddp.checkpoint import choose, files, store
 from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.config import Config
@@ -205,11 +206,11 @@ def check_shared(world: World, run_dir: Path) -> None:
 
 def check_recipe(lineage: dict[str, Any], config: Config, *, order: Order, done: int, accept: bool) -> list[str]:
     """Reasons why the resumed run won't be bit-equal, from changed fields. Raises UserError for a refused change."""
-    changes = recipes.differences(lineage["recipe"], config)
+    changes = differences(lineage["recipe"], config)
     before = recipes.stored(lineage["recipe"]) if changes else config
     refused = [change for change in changes if change.effect == "order"
                and not (change.path == "epochs" and _same_rates(before, config, order=order, done=done))]
-    if why := recipes.refusal(refused, config, accept=accept):
+    if why := refusal(refused, config, accept=accept):
         raise UserError(why)
     return [str(change) for change in changes if change in refused or change.effect == "bits"]
 

@@ -22,6 +22,8 @@ from types import FrameType
 from typing import Any
 
 from alexnet_ddp import config as recipes
+from alexnet_ddp import dialect, rules
+from alexnet_ddp.changes import differences
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
 from alexnet_ddp.runfiles import read_identities, read_state
@@ -68,8 +70,8 @@ def is_finished(config: Config) -> bool:
     if read_state(config.run_dir).get("status") != "finished":
         return False
     try:
-        before = recipes.read_yaml(config.run_dir / "config.yaml")
-        if any(change.effect != "free" for change in recipes.differences(before, config)):
+        before = dialect.read_yaml(config.run_dir / "config.yaml")
+        if any(change.effect != "free" for change in differences(before, config)):
             return False
     except UserError:
         return False
@@ -163,7 +165,7 @@ def train(path: str, overrides: Sequence[str], *, text: str, flags: Sequence[str
         if "--fresh" not in flags and is_finished(config):
             say(f"run {place} of {len(runs)}: {config.run_dir} is finished{_others_held_out(config)}")
             continue
-        left = None if config.deadline is None else recipes.parse_duration(config.deadline) - time.monotonic() + began
+        left = None if config.deadline is None else rules.parse_duration(config.deadline) - time.monotonic() + began
         if queue.signal or (left is not None and left <= 0):
             return _stopped(queue, runs, place, flags=flags)
         say(f"run {place} of {len(runs)}: {config.run_dir}")

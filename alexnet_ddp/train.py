@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,11 +17,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from alexnet_ddp import config as recipes
-from alexnet_ddp import distributed, faults, replica, sinks
+from alexnet_ddp import distributed, faults, replica, rules, sinks
 from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.config import Config
-from alexnet_ddp.cores import usable_cores
 from alexnet_ddp.damage import Damage, made
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.data.caches.device_cache import DeviceCache
@@ -34,11 +30,12 @@ from alexnet_ddp.data.loader import Batch, Loader, Times, decode_threads
 from alexnet_ddp.data.order import check_owner
 from alexnet_ddp.data.randomness import dropout_rows, key
 from alexnet_ddp.data.records import Records, StoredRecords
-from alexnet_ddp.data.training import Data, has_single_samples, largest_part, most_rows, open_data, told, training_works
+from alexnet_ddp.data.training import Data, has_single_samples, most_rows, open_data, told, training_works
 from alexnet_ddp.distributed import World, everywhere, first_on_node, on_rank_0
 from alexnet_ddp.ema import Ema, check_steps, decay_at
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, Diverged, OutOfMemory, UserError
 from alexnet_ddp.evaluate import TILE, evaluate, evaluates_squashed, record_of, view_of
+from alexnet_ddp.hardware import cores, memory_peak, out_of_memory, prepare_torch
 from alexnet_ddp.metrics import Window
 from alexnet_ddp.models import sparsity
 from alexnet_ddp.models.frozen import freeze
@@ -121,37 +118,6 @@ def let_go(world: World, data: Data | None, directory: RunDirectory | None) -> N
     dist.barrier(group=world.control)
 
 
-def prepare_torch(config: Config, world: World) -> None:
-    """Threads, and the kernels that repeat their bits when asked to."""
-    torch.set_num_threads(config.torch_threads or cores(world))
-    if world.on_gpu:
-        torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
-def cores(world: World) -> int:
-    """Cores that this rank has."""
-    return distributed.cores_of_a_rank(usable_cores(), local_size=world.local_size,
-                                       environment=os.environ)
-
-
-def memory_peak(world: World) -> int:
-    """Bytes: the device's allocations on CUDA, this process's resident memory on the CPU."""
-    if world.on_gpu:
-        return torch.cuda.max_memory_allocated(world.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def out_of_memory(config: Config, world: World) -> str:
-    """What to change when memory runs out: never the global batch."""
-    smaller = largest_part(config, world=world.size) // 2
-    fix = (f"Set micro_batch={smaller}; the global batch stays {config.global_batch}." if smaller else
-           "Not even one sample fits: use a smaller net or augment.size.")
-    return (f"out of memory with micro_batch={config.micro_batch}, peak {memory_peak(world) / 2**20:.0f} MB. " + fix)
-
-
 class Trainer:
     """One attempt at a run, on one rank. `place` holds the plain fields of its TrainState: step, epoch, ..."""
 
@@ -165,7 +131,7 @@ class Trainer:
         self.watchdog, self.requests, self.order = watchdog, requests, data.order
         self.total_steps = config.epochs * self.order.steps_per_epoch
         check_steps(config.ema, total_steps=self.total_steps)
-        limit = recipes.parse_duration(config.deadline) if config.deadline else None
+        limit = rules.parse_duration(config.deadline) if config.deadline else None
         self.deadline = deadline_from(limit=limit, started=started)
         pinned = on_rank_0(world, lambda: str(directory.known.get("decoder", "")) if directory else "")
         wanted = pinned if pinned and config.data.decoder == "auto" else config.data.decoder

@@ -11,22 +11,22 @@ import textwrap
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.findings import WIDTH, lines
 from alexnet_ddp.words import Parser
-from launch import slurm
+from launch import cluster, slurm
+from launch.cluster import Partition
 from launch.findings import Site, findings, parse_qos
-from launch.slurm import Partition
 
 QOS = ["sacctmgr", "-nP", "show", "qos", "format=Name,PreemptMode,GraceTime"]
 
 
 def read_site() -> Site:
     """What Slurm says of itself. Raises UserError where it can't be asked."""
-    config = slurm.config()
+    config = cluster.config()
     if config is None:
         found = "it gives no answer here" if shutil.which("scontrol") else "there is no such command here"
         raise UserError(f"doctor slurm reads `scontrol show config`, and {found}. Run it on a login node of the "
                         "cluster.")
     qos = slurm.ask(QOS)
-    return Site(config, slurm.partitions() or (), parse_qos(qos.text) if qos is not None and qos.code == 0 else None)
+    return Site(config, cluster.partitions() or (), parse_qos(qos.text) if qos is not None and qos.code == 0 else None)
 
 
 def page(site: Site, *, width: int = WIDTH) -> str:

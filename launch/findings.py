@@ -10,7 +10,7 @@ from typing import TypeVar
 from alexnet_ddp.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_UNAVAILABLE, EXIT_USER
 from alexnet_ddp.findings import Finding, note, ok, warn
 from launch import slurm
-from launch.slurm import Partition
+from launch.cluster import Partition
 
 SHORT = 30.0  # seconds in which a large net may not get through a step and a save
 SLOW = 60.0  # seconds of a requeue delay worth a word

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from launch import durations
-from launch.slurm import Nodes, Partition
+from launch.cluster import Nodes, Partition
 
 STARTUP = 15.0  # seconds that a job needs at least besides its lead time to be of any use
 LEAD = 120.0  # seconds: default lead time

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from alexnet_ddp.config import read_yaml
+from alexnet_ddp.dialect import read_yaml
 from alexnet_ddp.errors import UserError
 
 STYLES = "gpus-per-node, gpus-per-task, gres or gres:TYPE"

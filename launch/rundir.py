@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_ddp import config as recipes
+from alexnet_ddp.changes import differences, refusal
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.lease import Lease
@@ -97,9 +97,9 @@ def check_recipe(run_dir: Path, config: Config, *, accept: bool) -> None:
         return
     # More epochs are another experiment only where they change the learning rates there have been.
     longer_is_same = config.schedule.name not in ENDS_WITH_THE_RUN or saved is None or saved.step == 0
-    changes = [change for change in recipes.differences(before, config)
+    changes = [change for change in differences(before, config)
                if change.effect == "order" and not (change.path == "epochs" and longer_is_same)]
-    if why := recipes.refusal(changes, config, accept=accept):
+    if why := refusal(changes, config, accept=accept):
         raise UserError(why)
 
 

@@ -50,7 +50,7 @@ def ask(words: list[str], *, timeout: float = PATIENCE) -> Answer | None:
     return Answer(command.returncode, text.decode(errors="replace"), errors.decode(errors="replace"))
 
 
-def _text(words: list[str], timeout: float) -> str | None:
+def said(words: list[str], timeout: float) -> str | None:
     answer = ask(words, timeout=timeout)
     return answer.text if answer is not None and answer.code == 0 else None
 
@@ -85,16 +85,16 @@ def state_word(text: str) -> str:
     return match[0].upper() if match else ""
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     return "" if text.strip() in NOTHING else text.strip()
 
 
-def _whole(text: str) -> int | None:
+def whole(text: str) -> int | None:
     match = re.match(r"\d+", text.strip())
     return int(match[0]) if match else None
 
 
-def _words(line: str) -> dict[str, str]:
+def words_of(line: str) -> dict[str, str]:
     """Slurm's `Key=value Key=value` line. Values may hold spaces and equal signs: of two keys the first one counts."""
     found: dict[str, str] = {}
     keys = list(re.finditer(r"(?:^|(?<=\s))([A-Za-z][\w/:.\[\]]*)=", line))
@@ -134,7 +134,7 @@ def parse_job(line: str) -> JobFacts | None:
     match = HEAD.match(line.strip())
     if not match:
         return None
-    ids, facts = _words(match["ids"]), _words(match["rest"])
+    ids, facts = words_of(match["ids"]), words_of(match["rest"])
     raw = ids.get("JobId", "")
     if not raw.isdigit():
         return None
@@ -144,10 +144,10 @@ def parse_job(line: str) -> JobFacts | None:
         raw=raw,
         name=match["name"],
         state=state_word(facts.get("JobState", "")),
-        reason=_plain(facts.get("Reason", "")),
-        partition=_plain(facts.get("Partition", "")),
+        reason=plain(facts.get("Reason", "")),
+        partition=plain(facts.get("Partition", "")),
         requeue=facts.get("Requeue") == "1",
-        restarts=_whole(facts.get("Restarts", "")) or 0,
+        restarts=whole(facts.get("Restarts", "")) or 0,
         time_limit=seconds(facts.get("TimeLimit", "")),
         start_time=moment(facts.get("StartTime", "")),
         end_time=moment(facts.get("EndTime", "")),
@@ -160,7 +160,7 @@ def parse_jobs(text: str) -> list[JobFacts]:
 
 def job_facts(job: str, *, timeout: float = PATIENCE) -> JobFacts | None:
     """What slurmctld knows of a job (12, or 12_3 for a task of an array); None: it can't be asked, or knows none."""
-    text = _text(["scontrol", "show", "job", "-o", str(job)], timeout)
+    text = said(["scontrol", "show", "job", "-o", str(job)], timeout)
     jobs = parse_jobs(text or "")
     own = [facts for facts in jobs if str(job) in (facts.job, facts.raw)] or jobs
     return own[0] if own else None
@@ -207,7 +207,7 @@ def parse_queue(text: str) -> list[Queued]:
         parts = line.split("|", 7)
         if len(parts) == 8 and parts[1].strip().isdigit():
             job, raw, state, partition, start, nodes, reason, name = (part.strip() for part in parts)
-            jobs.append(Queued(job, raw, name, state_word(state), _plain(reason), partition, moment(start), nodes))
+            jobs.append(Queued(job, raw, name, state_word(state), plain(reason), partition, moment(start), nodes))
     return jobs
 
 
@@ -246,7 +246,7 @@ def parse_history(text: str) -> list[Past]:
         parts = [part.strip() for part in line.split("|", 5)]
         if len(parts) == 6 and parts[1].isdigit():
             job, raw, state, exit_code, end, reason = parts
-            jobs.append(Past(job, raw, state_word(state), exit_code, moment(end), _plain(reason)))
+            jobs.append(Past(job, raw, state_word(state), exit_code, moment(end), plain(reason)))
     return jobs
 
 
@@ -255,111 +255,5 @@ def history(jobs: Iterable[str], *, timeout: float = PATIENCE) -> list[Past] | N
     wanted = sorted(set(jobs))
     if not wanted:
         return []
-    text = _text(["sacct", "-X", "-n", "-P", "-o", HISTORY, "-j", ",".join(wanted)], timeout)
+    text = said(["sacct", "-X", "-n", "-P", "-o", HISTORY, "-j", ",".join(wanted)], timeout)
     return None if text is None else parse_history(text)
-
-
-# --- the cluster: configuration, partitions, nodes --------------------------------------------------------------
-
-
-def parse_config(text: str) -> dict[str, str]:
-    """`scontrol show config`: one `Key = value` a line."""
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        match = re.match(r"^\s*([A-Za-z][\w\[\]]*)\s+=\s?(.*)$", line)
-        if match:
-            found.setdefault(match[1], match[2].strip())
-    return found
-
-
-def config(*, timeout: float = PATIENCE) -> dict[str, str] | None:
-    """The cluster's configuration; None: Slurm can't be asked."""
-    text = _text(["scontrol", "show", "config"], timeout)
-    return parse_config(text) or None if text is not None else None
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """Nodes of a partition that are alike."""
-
-    count: int
-    cpus: int  # of one node
-    memory: int  # MB of one node
-    gpus: int  # of one node
-    gpu_types: tuple[str, ...]
-    state: str
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A partition. Lengths of time are seconds; None: unlimited or unknown."""
-
-    name: str
-    default: bool
-    up: bool
-    max_time: float | None
-    default_time: float | None
-    max_nodes: int | None
-    preempt_mode: str  # OFF, REQUEUE, CANCEL, SUSPEND ...; empty: unknown
-    grace: float  # GraceTime
-    over_time: str  # OverTimeLimit of its own in minutes, empty: the cluster's
-    tier: int  # PriorityTier
-    nodes: tuple[Nodes, ...] = ()
-
-
-def parse_partitions(text: str) -> list[Partition]:
-    """The lines of `scontrol show partition -o`."""
-    found = []
-    for line in text.splitlines():
-        words = _words(line.strip())
-        if "PartitionName" in words:
-            found.append(Partition(
-                name=words["PartitionName"],
-                default=words.get("Default") == "YES",
-                up=words.get("State", "UP") == "UP",
-                max_time=seconds(words.get("MaxTime", "")),
-                default_time=seconds(words.get("DefaultTime", "")),
-                max_nodes=_whole(words.get("MaxNodes", "")),
-                preempt_mode=_plain(words.get("PreemptMode", "")),
-                grace=float(_whole(words.get("GraceTime", "")) or 0),
-                over_time=_plain(words.get("OverTimeLimit", "")),
-                tier=_whole(words.get("PriorityTier", "")) or 0))
-    return found
-
-
-def gpus(gres: str) -> tuple[int, tuple[str, ...]]:
-    """GPUs of a node and their types, of `gpu:a100:4(S:0-1),shard:16`."""
-    count, types = 0, []
-    for item in re.sub(r"\([^)]*\)", "", gres).split(","):
-        name, *rest = item.strip().split(":")
-        if name == "gpu":
-            number = rest.pop() if rest and rest[-1].isdigit() else "1"
-            count += int(number)
-            types += [kind for kind in rest[:1] if kind not in types and kind != "no_consume"]
-    return count, tuple(types)
-
-
-NODES = "%R|%D|%c|%m|%T|%G"
-
-
-def parse_nodes(text: str) -> dict[str, list[Nodes]]:
-    """The lines of `sinfo -h -e -o NODES`, by partition."""
-    found: dict[str, list[Nodes]] = {}
-    for line in text.splitlines():
-        parts = [part.strip() for part in line.split("|", 5)]
-        if len(parts) == 6:
-            name, count, cpus, memory, state, gres = parts
-            number, types = gpus(gres)
-            found.setdefault(name, []).append(Nodes(_whole(count) or 0, _whole(cpus) or 0, _whole(memory) or 0,
-                                                    number, types, state.lower()))
-    return found
-
-
-def partitions(*, timeout: float = PATIENCE) -> list[Partition] | None:
-    """The cluster's partitions with their nodes (none, where sinfo doesn't tell); None: Slurm can't be asked."""
-    text = _text(["scontrol", "show", "partition", "-o", "-a"], timeout)
-    if text is None:
-        return None
-    nodes = parse_nodes(_text(["sinfo", "-h", "-a", "-e", "-o", NODES], timeout) or "")
-    return [Partition(**{**vars(partition), "nodes": tuple(nodes.get(partition.name, ()))})
-            for partition in parse_partitions(text)]

@@ -32,7 +32,9 @@ from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.runfiles import add_attempt, check_not_set_aside
 from alexnet_ddp.stop import STOP_FILE, lead_time
 from alexnet_ddp.words import answer
-from launch import durations, executors, plan, preflight, profiles, rundir, slurm, snapshot
+from launch import durations, executors, plan, preflight, profiles, rundir, snapshot
+from launch.cluster import config as ask_config
+from launch.cluster import partitions as ask_partitions
 from launch.facts import Facts
 from launch.follow import Followed, follow
 from launch.options import parser
@@ -98,8 +100,8 @@ def order(options: argparse.Namespace, *, command: str) -> Order:
     site = Cluster()
     if cluster == "slurm":
         with ThreadPoolExecutor() as asking:  # at once: a busy slurmctld takes its time over each
-            partitions = asking.submit(slurm.partitions, timeout=PATIENCE)
-            config = asking.submit(slurm.config, timeout=PATIENCE)
+            partitions = asking.submit(ask_partitions, timeout=PATIENCE)
+            config = asking.submit(ask_config, timeout=PATIENCE)
         site = Cluster(partitions=partitions.result(), config=config.result())
     known = Known() if options.fresh or cluster == "debug" else _known([facts[number] for number in keep])
     request = _request(options, profile, jobs=len(keep), site=site, known=known)

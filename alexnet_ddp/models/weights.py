@@ -1,13 +1,4 @@
-"""Trained weights, wherever they lie: one grammar for every place where a model is asked for.
-
-    RUN                      a run directory: its best weights (also RUN@best)
-    RUN@last, RUN@step_N     the newest of its checkpoints that verifies, or that of step N
-    RUN/checkpoints/step_N   a checkpoint
-    FILE.safetensors         weights by name, bare or as export, quantize and prune write them
-    FILE.pth, .pt, .pth.tar  a state dict as torch.save wrote it, bare or as other trainers wrap it
-    FILE.onnx, FILE.pt2      an exported net (alexnet_ddp.trained.export): it runs, and its weights stay inside
-    torchvision:NAME         torchvision's own weights of the net
-    NAME                     a net by name (alexnet_single, ...): no weights, fresh ones
+"""Trained weights from wherever they lie (alexnet_ddp.models.source), read and verified.
 
 Our own checkpoints and best weights are compared with their checksums, torchvision's files with the one in their
 name. Nothing is unpickled but tensors and plain values (`torch.load(weights_only=True)`).
@@ -17,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import hashlib
 import json
-import os
 import pickle
 import re
 import socket
@@ -28,46 +17,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
-from alexnet_ddp import config as recipes
-from alexnet_ddp.checkpoint import choose, files, store
+from alexnet_ddp import dialect
+from alexnet_ddp.checkpoint import files, store
 from alexnet_ddp.errors import UserError, first_line
 from alexnet_ddp.models import zoo
+from alexnet_ddp.models.source import BEST, BEST_RECORD, EXPORTED, FORMS, Source, find
 from alexnet_ddp.sinks import say
 from alexnet_ddp.trained import packed_weights
 from alexnet_ddp.trained.packed_weights import Packed
 
-BEST, BEST_RECORD, RECIPE = "best.safetensors", "best.json", "config.yaml"
-PICKLED = (".pth", ".pt", ".tar", ".ckpt", ".bin")
+RECIPE = "config.yaml"
 # Where other trainers put the weights among the rest of a checkpoint (PyTorch's ImageNet example, Lightning and timm;
 # torchvision; tutorials), and what wrappers put before every name (DDP, torch.compile, Lightning).
 KEYS = ("state_dict", "model", "model_state_dict", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 PATIENCE = 30.0  # seconds without a byte after which a download is given up
-LISTED = 3  # names that a message lists
-
-EXPORTED: dict[str, Literal["onnx", "program"]] = {".onnx": "onnx", ".pt2": "program"}
-
-Kind = Literal["best", "checkpoint", "safetensors", "pickle", "onnx", "program", "torchvision", "net"]
-
-FORMS = ("A model is a run directory (RUN, RUN@last, RUN@step_N), a checkpoint, a .safetensors, .pth, .pt, .onnx or "
-         ".pt2 file, or torchvision:NAME")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where weights are to be read: a path, or the name of a net."""
-
-    kind: Kind
-    path: Path = Path()
-    name: str = ""  # of the net, for torchvision and net
 
 
 @dataclass(frozen=True)
@@ -115,97 +87,6 @@ def read_weights(spec: str) -> Weights:
     return replace(weights, facts={**weights.facts, "source": spec})
 
 
-# --- finding ----------------------------------------------------------------------------------------------------
-
-
-def find(spec: str) -> Source:
-    """What a word means, as far as names and folders tell. Raises UserError that says what there is."""
-    if spec.startswith(zoo.TORCHVISION):
-        name = spec.removeprefix(zoo.TORCHVISION)
-        _check_torchvision_name(name)
-        return Source("torchvision", name=name)
-    path = _path(spec)
-    before, at, which = spec.rpartition("@")
-    try:
-        if path.is_dir():
-            return _in_folder(path, which="")
-        if path.is_file():
-            return _file(path)
-        if at and _path(before).is_dir():
-            return _in_folder(_path(before), which=which)
-    except OSError as error:  # a name that is too long, a file system that is away
-        raise UserError(f"'{spec}' can't be looked for: {error.strerror or error}. {FORMS}.") from None
-    if spec in zoo.OURS:
-        return Source("net", name=spec)
-    raise UserError(f"There is no '{spec}'.{_nearby(path)} {FORMS}.")
-
-
-def _path(text: str) -> Path:
-    """With the home directory for ~; a user whom nobody knows is left to be not found."""
-    return Path(os.path.expanduser(text))
-
-
-def _in_folder(folder: Path, *, which: str) -> Source:
-    if (folder / store.MANIFEST).is_file() and not which:
-        return Source("checkpoint", folder)
-    if folder.name == "checkpoints":
-        raise UserError(f"{folder} holds a run's checkpoints: name one of them, or the newest as {folder.parent}@last.")
-    saved = choose.order([path.name for path in folder.glob("checkpoints/step_*")])
-    if which in ("", "best"):
-        if (folder / BEST).is_file():
-            return Source("best", folder)
-        if not saved:
-            raise UserError(f"{folder} is no run directory: it holds neither {BEST} nor checkpoints. {FORMS}.")
-        raise UserError(f"{folder} has no {BEST}: the run was not evaluated so far (data.val). Its newest checkpoint "
-                        f"is {folder}@last.")
-    if which == "last":
-        newest, damaged = choose.newest(folder / "checkpoints")
-        if newest is None:
-            raise UserError(f"{folder} has no checkpoint that verifies." + "".join(
-                f" {path.name}: {why}." for path, why in damaged[:LISTED]))
-        return Source("checkpoint", newest)
-    number = re.fullmatch(r"(?:step_)?(\d+)", which)
-    wanted = store.directory_name(int(number[1])) if number else which
-    if wanted not in saved:
-        there = ", ".join(["last", *(name for name in saved if not name.endswith(store.PREVIOUS))][:8])
-        raise UserError(f"{folder} has no checkpoint '{which}'. There are: {there}.")
-    return Source("checkpoint", folder / "checkpoints" / wanted)
-
-
-def _file(path: Path) -> Source:
-    if path.name == BEST and (path.parent / BEST_RECORD).is_file():
-        return Source("best", path.parent)  # so that it is compared with its checksum
-    if (path.parent / store.MANIFEST).is_file() and choose.order([path.parent.name]):
-        return Source("checkpoint", path.parent)
-    if path.suffix == store.SUFFIX:
-        return Source("safetensors", path)
-    if path.suffix in PICKLED:
-        return Source("pickle", path)
-    if path.suffix in EXPORTED:
-        return Source(EXPORTED[path.suffix], path)
-    raise UserError(f"{path} doesn't end in .safetensors, .pth, .pt, .onnx or .pt2. {FORMS}.")
-
-
-def _nearby(path: Path) -> str:
-    """A name beside the missing one, or a run of that name."""
-    if len(path.parts) == 1 and (Path("runs") / path).is_dir():
-        return f" Did you mean {Path('runs') / path}?"
-    try:
-        names = [found.name for found in path.parent.iterdir()]
-    except OSError:
-        return ""
-    near = difflib.get_close_matches(path.name.partition("@")[0], names, n=1)
-    return f" Did you mean {path.parent / near[0]}?" if near else ""
-
-
-def _check_torchvision_name(name: str) -> None:
-    known = zoo.names()
-    if zoo.TORCHVISION + name not in known:
-        near = difflib.get_close_matches(zoo.TORCHVISION + name, known, n=1, cutoff=0.5)
-        raise UserError(f"torchvision has no classifier '{name}'" + (f"; did you mean {near[0]}?" if near else
-                        "; `alexnet-ddp models` lists them all."))
-
-
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +110,7 @@ def _read_best(source: Source) -> Weights:
     facts = {"path": str((run / BEST).resolve()), "sha256": expected.sha256, "step": step, "top1": top1,
              "model": model}
     try:
-        recipe = recipes.read_yaml(run / RECIPE)
+        recipe = dialect.read_yaml(run / RECIPE)
     except UserError:
         recipe = None
     where = f"{run} (best weights, step {step}, {top1:.2%} held-out top-1)"
@@ -390,76 +271,3 @@ def _patience() -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-# --- into a net -------------------------------------------------------------------------------------------------
-
-
-def put_into(net: nn.Module, weights: Weights, *, recipe: dict[str, Any] | None = None) -> list[str]:
-    """Copies the weights into a net of the same names and shapes; returns the tensors that keep their fresh values.
-
-    Those are the last layer's, where it has another number of classes. `recipe`: the net's own (a plain tree), for
-    the message. Raises UserError, and leaves the net as it was, when anything else doesn't fit.
-    """
-    if weights.packed is not None and weights.packed.quantization is not None:
-        raise UserError(f"{weights.where} holds a quantized net, whose weights are no floating-point numbers that "
-                        "could be trained on. Use the net that it was made from.")
-    live = net.state_dict()
-    there = weights.tensors
-    missing, foreign = sorted(live.keys() - there.keys()), sorted(there.keys() - live.keys())
-    other = [name for name in live if name in there and live[name].shape != there[name].shape]
-    head = last_layer(net)
-    fresh = other if all(name in head and live[name].shape[1:] == there[name].shape[1:] for name in other) else []
-    if missing or foreign or other != fresh:
-        lines = [_listed("not there", missing), _listed("not in this net", foreign),
-                 _listed("of another shape", [f"{name} ({list(there[name].shape)} there, {list(live[name].shape)} here)"
-                                              for name in other])]
-        raise UserError(f"The weights of {weights.where} don't fit this net:\n" + "".join(
-            f"  {line}\n" for line in lines if line) + _way_out(weights.recipe, recipe))
-    fresh = head if fresh else []  # a layer is fresh as a whole
-    for name, tensor in live.items():
-        if name not in fresh:
-            _check_numbers(name, there[name], tensor, where=weights.where)
-    with torch.no_grad():
-        for name, tensor in live.items():
-            if name not in fresh:
-                tensor.copy_(there[name])
-    return fresh
-
-
-def _check_numbers(name: str, theirs: Tensor, ours: Tensor, *, where: str) -> None:
-    """Raises UserError when a copy into a tensor of the net would lose more than precision."""
-    if ours.is_floating_point() and not theirs.is_floating_point():  # complex, quantized: their parts would be lost
-        raise UserError(f"The weights of {where} don't fit this net: {name} holds {theirs.dtype}, and the net's is "
-                        f"{ours.dtype}. Save them as real floating-point numbers.")
-    wider = ours.is_floating_point() and torch.finfo(theirs.dtype).max > torch.finfo(ours.dtype).max
-    if wider and theirs.numel() and not torch.isfinite((largest := theirs.abs().max()).to(ours.dtype)):
-        raise UserError(f"The weights of {where} don't fit this net: {name} holds numbers up to {largest.item():.3g}, "
-                        f"beyond what {ours.dtype} can hold. Take weights of an earlier step.")
-
-
-def last_layer(net: nn.Module) -> list[str]:
-    """Names of the tensors of the layer that gives the logits: the one that is defined last, in all our nets."""
-    parameters = [name for name, _ in net.named_parameters()]
-    layer = parameters[-1].rpartition(".")[0]
-    return [name for name in parameters if name.rpartition(".")[0] == layer]
-
-
-def _listed(what: str, names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{what}: {', '.join(names[:LISTED])}{more}" if names else ""
-
-
-def _way_out(theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
-    """The fields by which the two nets differ, where both recipes are known."""
-    if theirs is None or ours is None:
-        return "Use the net (model.*, and for alexnet_single augment.size) that they were trained with."
-    wanted, have = recipes.flatten(theirs), recipes.flatten(ours)
-    changes = [f"{path}={_word(wanted[path])} (here {_word(have.get(path))})" for path in wanted
-               if (path.startswith("model.") or path == "augment.size") and path != "model.num_classes"
-               and path != "model.dropout" and wanted[path] != have.get(path)]
-    return "They were trained with " + (", ".join(changes) or "the same net") + "."
-
-
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -19,6 +19,7 @@ from alexnet_ddp.amounts import counted
 from alexnet_ddp.distributed import World, first_on_node
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.evaluate import record_of
+from alexnet_ddp.hardware import cores
 from alexnet_ddp.progress import Progress
 from alexnet_ddp.trained import command
 from alexnet_ddp.trained.evaluation import NONE, Outcomes, evaluate_model
@@ -87,12 +88,12 @@ def open_held_out(model: Model) -> Source:
 
 
 def _evaluate(model: Model, source: Source, world: World, *, crops: int) -> Outcomes:
-    threads, cores = model.config.data.threads, command.cores(world)
-    torch.set_num_threads(model.config.torch_threads or cores)  # as in training; torchrun's ranks would have one each
+    threads, mine = model.config.data.threads, cores(world)
+    torch.set_num_threads(model.config.torch_threads or mine)  # as in training; torchrun's ranks would have one each
     with (Progress(-(-len(source) // world.size), what="evaluate") if world.rank == 0 else
           contextlib.nullcontext()) as progress:
         return evaluate_model(model, source, world=world, crops=crops, tick=progress.update if progress else None,
-                              threads=cores if threads == "auto" else threads)
+                              threads=mine if threads == "auto" else threads)
 
 
 def facts(model: Model, source: Source, outcomes: Outcomes, *, crops: int) -> dict[str, Any]:

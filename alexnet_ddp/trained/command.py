@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch.distributed as dist
 
 from alexnet_ddp import distributed
-from alexnet_ddp.cores import usable_cores
 from alexnet_ddp.distributed import World, first_on_node
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.trained.model import Model, load_model
@@ -65,11 +64,6 @@ def check_same(world: World, value: object, otherwise: str) -> None:
     dist.all_gather_object(told, value, group=world.control)
     if any(other != told[0] for other in told):
         raise UserError(otherwise)
-
-
-def cores(world: World) -> int:
-    """Cores that this rank has for its decode threads."""
-    return distributed.cores_of_a_rank(usable_cores(), local_size=world.local_size, environment=os.environ)
 
 
 def on_ranks(name: str, words: Sequence[str], *, ranks: str) -> int:

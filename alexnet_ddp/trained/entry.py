@@ -20,7 +20,8 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.models import zoo
 from alexnet_ddp.models.recipe import create_for
-from alexnet_ddp.models.weights import BEST_RECORD, Source, find, published
+from alexnet_ddp.models.source import BEST_RECORD, Source, find
+from alexnet_ddp.models.weights import published
 from alexnet_ddp.runfiles import METRICS
 from alexnet_ddp.sinks import read_records
 from alexnet_ddp.trained.exported import ExportedNet

@@ -27,7 +27,7 @@ from torch.export import Dim, ExportedProgram
 
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
-from alexnet_ddp.models.weights import find
+from alexnet_ddp.models.source import find
 from alexnet_ddp.trained import packed_weights, parity
 from alexnet_ddp.trained.exported import EXTRA, INPUT, OUTPUT, TOLD, ExportedNet, Precision, Told, onnx_runtime, quiet
 from alexnet_ddp.trained.model import Model, load_model

@@ -31,7 +31,7 @@ from alexnet_ddp import config as recipes
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import UserError, first_line
-from alexnet_ddp.models.weights import Source
+from alexnet_ddp.models.source import Source
 from alexnet_ddp.trained.model import NAMELESS, Model, changed, config_in_use
 from alexnet_ddp.trained.packed_weights import MARK, VERSION, Packed, parse
 from alexnet_ddp.trained.preprocessing import Preprocessing

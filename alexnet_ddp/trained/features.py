@@ -24,8 +24,8 @@ from alexnet_ddp.data.index import open_index
 from alexnet_ddp.distributed import World, everywhere, on_rank_0
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.evaluate import TILE, tiles_of
+from alexnet_ddp.hardware import cores
 from alexnet_ddp.progress import Progress
-from alexnet_ddp.trained.command import cores
 from alexnet_ddp.trained.feature_file import (
     DTYPES,
     Damaged,

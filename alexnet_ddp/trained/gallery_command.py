@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alexnet_ddp import plots, tables
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
-from alexnet_ddp.models.weights import find
+from alexnet_ddp.models.source import find
 from alexnet_ddp.runfiles import METRICS
 from alexnet_ddp.sinks import read_records
 from alexnet_ddp.trained import command, gallery

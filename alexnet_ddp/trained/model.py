@@ -2,7 +2,7 @@
 
     from alexnet_ddp import load_model
 
-    model = load_model("runs/alexnet_single")            # or any MODEL of alexnet_ddp.models.weights
+    model = load_model("runs/alexnet_single")            # or any MODEL of alexnet_ddp.models.source
     model.classify(["photo.jpg"])
 """
 
@@ -24,8 +24,10 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.data.augment import Augment
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.models import zoo
+from alexnet_ddp.models.fitting import last_layer, put_into
 from alexnet_ddp.models.recipe import create_for
-from alexnet_ddp.models.weights import EXPORTED, Source, Weights, find, last_layer, put_into, read_weights
+from alexnet_ddp.models.source import EXPORTED, Source, find
+from alexnet_ddp.models.weights import Weights, read_weights
 from alexnet_ddp.runfiles import CLASSES
 from alexnet_ddp.trained import classes as names
 from alexnet_ddp.trained import packed_weights
@@ -126,7 +128,7 @@ class Model:
 
 
 def load_model(spec: str | Path, overrides: Iterable[str] = (), *, device: str | torch.device = "cpu") -> Model:
-    """The model that `spec` names: a run, a checkpoint, a file of weights, a net (see alexnet_ddp.models.weights).
+    """The model that `spec` names: a run, a checkpoint, a file of weights, a net (see alexnet_ddp.models.source).
 
     `overrides` (key=value, as for a recipe) say what the weights don't: model.* of a bare file, augment.mean ...
     Raises UserError when there is no such model, when it is damaged, or when the net can't be made.

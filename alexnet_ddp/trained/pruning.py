@@ -21,12 +21,14 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from alexnet_ddp import config as recipes
-from alexnet_ddp import tables
+from alexnet_ddp import dialect, tables
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
 from alexnet_ddp.models import sparsity
+from alexnet_ddp.models.fitting import last_layer
+from alexnet_ddp.models.source import BEST
 from alexnet_ddp.models.sparsity import Layer, Sparsity
-from alexnet_ddp.models.weights import BEST, last_layer, read_weights
+from alexnet_ddp.models.weights import read_weights
 from alexnet_ddp.trained.model import Model, load_model
 
 # weights   the smallest of all weights of all convolutions and linear layers, ranked together by magnitude
@@ -94,7 +96,7 @@ def tuning(path: str, overrides: Sequence[str]) -> Config:
     given = {".".join(recipes.parse_override(text)[0]) for text in overrides}
     if mine := sorted(given & {"init_from", "sparsity"}):
         raise UserError(f"{', '.join(mine)}: prune --finetune sets that itself. Leave it out.")
-    tree = recipes.apply_overrides(recipes.read_yaml(path), overrides)
+    tree = recipes.apply_overrides(dialect.read_yaml(path), overrides)
     if "name" not in given:
         tree["name"] = f"{tree.get('name') or Path(path).stem}-pruned"
     start = Path(str(tree.get("runs", "runs"))) / f"{tree['name']}-start.safetensors"

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from alexnet_ddp import load_model
 from alexnet_ddp.errors import UserError
-from alexnet_ddp.models.weights import put_into, read_weights
+from alexnet_ddp.models.fitting import put_into
+from alexnet_ddp.models.weights import read_weights
 from alexnet_ddp.trained.model import Model
 from trained_nets import Trained
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from alexnet_ddp import load_model
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
-from alexnet_ddp.models.weights import put_into, read_weights
+from alexnet_ddp.models.fitting import put_into
+from alexnet_ddp.models.weights import read_weights
 from alexnet_ddp.trained import quantization
 from alexnet_ddp.trained.quantization import SCHEMES, layers_of, quantize
 from trained_nets import Trained, command

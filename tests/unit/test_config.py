@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from alexnet_ddp import config as recipes
+from alexnet_ddp import dialect, rules
+from alexnet_ddp.changes import differences, flatten
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.models.recipe import create_for
@@ -31,7 +33,7 @@ def load(path: Path, *overrides: str, text: str | None = None) -> Config:
 
 
 def value(config: Config, path: str) -> Any:
-    return recipes.flatten(config.model_dump(mode="json"))[path]
+    return flatten(config.model_dump(mode="json"))[path]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
@@ -129,11 +131,11 @@ def test_malformed_file_is_one_message(recipe: Path, text: str, said: str) -> No
 def test_other_files_are_called_by_their_name(recipe: Path) -> None:
     """What isn't a recipe isn't called one, and no recipe is offered in its place."""
     with pytest.raises(UserError, match=r"^No profile at .*smal\.yaml\.$"):
-        recipes.read_yaml(recipe.with_name("smal.yaml"), what="profile")
+        dialect.read_yaml(recipe.with_name("smal.yaml"), what="profile")
     for text, said in (("[", "is not valid YAML"), ("- a", "must be a mapping")):
         recipe.write_text(text)
         with pytest.raises(UserError, match=rf"^The profile .* {said}"):
-            recipes.read_yaml(recipe, what="profile")
+            dialect.read_yaml(recipe, what="profile")
 
 
 def test_file_that_is_not_there(recipe: Path) -> None:
@@ -251,14 +253,14 @@ def test_rules_across_fields(recipe: Path, overrides: list[str], said: str) -> N
 ])
 def test_durations(text: str, seconds: float) -> None:
     """Durations in words and in Slurm's forms are read as `man sbatch` has them: a bare number is minutes."""
-    assert recipes.parse_duration(text) == seconds
+    assert rules.parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "m", "4 hours", "1h-2", "-5", "1:2:3:4", "1-2-3", "1e3", "ten"])
 def test_wrong_durations(text: str) -> None:
     """What is no duration is refused with the forms there are."""
     with pytest.raises(UserError, match="90m, 4h"):
-        recipes.parse_duration(text)
+        rules.parse_duration(text)
 
 
 # --- writing and comparing --------------------------------------------------------------------------------------
@@ -337,7 +339,7 @@ def test_every_field_is_compared() -> None:
     base = recipes.build({"name": "a", "data": {"train": "/x"}})
     plain = base.model_dump(mode="json")
     effects = {path: info.json_schema_extra["resume"] for path, info in recipes.fields()}
-    for path, before in recipes.flatten(plain).items():
+    for path, before in flatten(plain).items():
         if path in alone:
             continue
         now = other.get(path, not before if isinstance(before, bool) else before + 1 if isinstance(before, int) else
@@ -348,9 +350,9 @@ def test_every_field_is_compared() -> None:
         for section in sections:
             here = here[section]
         here[last] = now
-        changes = recipes.differences(plain, Config.model_validate(tree))
+        changes = differences(plain, Config.model_validate(tree))
         assert [(change.path, change.effect) for change in changes] == [(path, effects[path])]
-    assert recipes.differences(plain, base) == []
+    assert differences(plain, base) == []
 
 
 def test_differences_over_versions() -> None:
@@ -360,7 +362,7 @@ def test_differences_over_versions() -> None:
     del stored["optim"]["momentum"], stored["limits"]
     stored["optim"]["forgotten"] = 3
     stored["gone"] = {"away": 1}
-    change, = recipes.differences(stored, now)
+    change, = differences(stored, now)
     assert (change.path, change.before, change.now) == ("optim.momentum", 0.9, 0.5)
     assert str(change) == "optim.momentum: 0.9 -> 0.5"
 

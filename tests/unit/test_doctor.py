@@ -9,12 +9,12 @@ import pytest
 
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.findings import Finding
-from launch import doctor, slurm
+from launch import cluster, doctor
 from launch.findings import Qos, Site, findings, parse_qos
 
 RECORDED = Path(__file__).parent / "recorded" / "slurm_22_05"
-CONFIG = slurm.parse_config((RECORDED / "config.txt").read_text())
-LOW, HIGH = slurm.parse_partitions((RECORDED / "partitions.txt").read_text())
+CONFIG = cluster.parse_config((RECORDED / "config.txt").read_text())
+LOW, HIGH = cluster.parse_partitions((RECORDED / "partitions.txt").read_text())
 
 
 def told(site: Site) -> dict[str, Finding]:

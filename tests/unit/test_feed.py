@@ -250,7 +250,7 @@ def test_no_cache_changes_a_pixel(folder: Path, tmp_path: Path, memory: Path, st
 
 def test_a_tmpfs_is_asked_for_ram(folder: Path) -> None:
     """A cache that nothing can be kept for is refused when the recipe is read, with the way out."""
-    from alexnet_ddp.config import check
+    from alexnet_ddp.rules import check
 
     for changes, said in (({"assignment": "contiguous"}, "data.assignment=owner"), ({"stored": "original"}, "raw256")):
         config = recipe(folder, cache="gpu", stored="raw64", crop="random")

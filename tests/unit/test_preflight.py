@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch import preflight, slurm
+from launch import cluster, preflight
 from launch.preflight import Cluster, Known, Request
 
 HOUR = 3600.0
@@ -27,8 +27,8 @@ cpu|2|48|192000|idle|(null)
 old|1|8|32000|down*|gpu:2
 """
 SITE = Cluster(
-    partitions=[replace(partition, nodes=tuple(slurm.parse_nodes(NODES)[partition.name]))
-                for partition in slurm.parse_partitions(PARTITIONS)],
+    partitions=[replace(partition, nodes=tuple(cluster.parse_nodes(NODES)[partition.name]))
+                for partition in cluster.parse_partitions(PARTITIONS)],
     config={"MaxArraySize": "4", "JobRequeue": "1"})
 NOTHING = Cluster()
 

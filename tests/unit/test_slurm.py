@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
+from launch import cluster, slurm
 
 RECORDED = Path(__file__).parent / "recorded" / "slurm_22_05"
 
@@ -91,7 +91,7 @@ def test_no_moment(text: str) -> None:
     ("", (0, ())), ("gpu:0", (0, ())), ("craynetwork:4", (0, ())), ("gpu:no_consume:4", (4, ()))])
 def test_gpus_of_a_node(text: str, wanted: tuple[int, tuple[str, ...]]) -> None:
     """The number of GPUs and their types, of every way sites write them."""
-    assert slurm.gpus(text) == wanted
+    assert cluster.gpus(text) == wanted
 
 
 def test_recorded_queue() -> None:
@@ -116,7 +116,7 @@ def test_history() -> None:
 
 def test_recorded_config() -> None:
     """A recorded configuration: values with spaces, equal signs and brackets, both sections."""
-    config = slurm.parse_config((RECORDED / "config.txt").read_text())
+    config = cluster.parse_config((RECORDED / "config.txt").read_text())
     assert config["KillWait"] == "5 sec"
     assert config["AuthInfo"].endswith(",cred_expire=5")
     assert config["SlurmctldHost[0]"] == "head(10.0.0.1)"
@@ -129,20 +129,20 @@ def test_recorded_config() -> None:
 def test_no_slurm_no_answer(commands: Path) -> None:
     """Without Slurm's commands every answer is None, and nothing raises."""
     assert slurm.job_facts("1") is slurm.queue(["1"]) is slurm.history(["1"]) is None
-    assert slurm.config() is slurm.partitions() is None
+    assert cluster.config() is cluster.partitions() is None
     assert slurm.queue([]) == slurm.history([]) == []
 
 
 def test_partitions_with_their_nodes(commands: Path) -> None:
     """Partitions come with limits, preemption and nodes; without sinfo with everything but the nodes."""
     put(commands, "scontrol", f'[ "$2" = partition ] && {say("partitions.txt")}')
-    low, high = slurm.partitions() or []
+    low, high = cluster.partitions() or []
     assert (low.name, low.default, low.grace, low.preempt_mode, low.max_time, low.tier) == (
         "low", True, 20.0, "REQUEUE", 86400.0, 1)
     assert (high.default, high.preempt_mode, high.max_nodes, high.nodes) == (False, "OFF", None, ())
     put(commands, "sinfo", say("nodes.txt"))
-    low, high = slurm.partitions() or []
-    assert low.nodes == (slurm.Nodes(2, 8, 8000, 2, (), "mixed"), slurm.Nodes(2, 8, 8000, 2, (), "idle"))
+    low, high = cluster.partitions() or []
+    assert low.nodes == (cluster.Nodes(2, 8, 8000, 2, (), "mixed"), cluster.Nodes(2, 8, 8000, 2, (), "idle"))
 
 
 def test_accounting_switched_off(commands: Path) -> None:
@@ -163,13 +163,13 @@ def test_slow_or_broken_commands(commands: Path) -> None:
     """A command that hangs is given up in time; one that can't be executed, or prints rubbish, gives nothing."""
     put(commands, "scontrol", "(while :; do :; done) & wait")  # as a site's wrapper: its child holds the pipe
     began = time.monotonic()
-    assert slurm.config(timeout=0.3) is None
+    assert cluster.config(timeout=0.3) is None
     assert time.monotonic() - began < 5
     (commands / "scontrol").write_bytes(b"\x00\x01")
-    assert slurm.config() is None
+    assert cluster.config() is None
     put(commands, "scontrol", "printf '\\xff\\xfe = rubbish\\n'")
-    assert slurm.config() is slurm.job_facts("1") is None
-    assert slurm.partitions() == []
+    assert cluster.config() is slurm.job_facts("1") is None
+    assert cluster.partitions() == []
 
 
 def test_users_format_variables_change_nothing(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from alexnet_ddp.checkpoint import files, store
 from alexnet_ddp.checkpoint.state import TrainState
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.models import create_model, weights, zoo
-from alexnet_ddp.models.weights import Weights, put_into, read_weights
+from alexnet_ddp.models.fitting import last_layer, put_into
+from alexnet_ddp.models.weights import Weights, read_weights
 
 STEPS = {3: 3.0, 6: 6.0}  # step of a checkpoint -> what its weights are filled with; the best ones with 4.0
 
@@ -330,7 +331,7 @@ def test_the_last_layer(name: str) -> None:
         few, many = (create_model(name, num_classes=number) for number in (7, 9))
     shapes = {each: tensor.shape for each, tensor in few.state_dict().items()}
     other = [each for each, tensor in many.state_dict().items() if tensor.shape != shapes[each]]
-    assert weights.last_layer(many) == other
+    assert last_layer(many) == other
 
 
 def test_torchvisions_alexnet_is_ours() -> None:
