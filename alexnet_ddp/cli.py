@@ -150,7 +150,7 @@ def predict(words: list[str]) -> int:
 
 
 def export(words: list[str]) -> int:
-    from alexnet_ddp.trained.export import main as command
+    from alexnet_ddp.trained.export_command import main as command
 
     return command(words)
 
