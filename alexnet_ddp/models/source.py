@@ -62,7 +62,9 @@ def find(spec: str) -> Source:
         raise UserError(f"'{spec}' can't be looked for: {error.strerror or error}. {FORMS}.") from None
     if spec in zoo.OURS:
         return Source("net", name=spec)
-    raise UserError(f"There is no '{spec}'.{_nearby(path)} {FORMS}.")
+    near = difflib.get_close_matches(spec, zoo.OURS, n=1, cutoff=0.75)
+    hint = f" Did you mean the net {near[0]}?" if near else _nearby(path)
+    raise UserError(f"There is no '{spec}'.{hint} {FORMS}.")
 
 
 def _path(text: str) -> Path:

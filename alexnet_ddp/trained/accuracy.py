@@ -42,6 +42,7 @@ def main(words: list[str], *, name: str = "evaluate") -> int:
     parser.add_argument("--nproc-per-node", "--nproc_per_node", metavar="N|auto",
                         help="on N ranks of this machine (torchrun inside)")
     options = parser.parse_intermixed_args(words)
+    command.check_crops(options.overrides)
     if options.nproc_per_node is not None:
         return command.on_ranks("evaluate", words, ranks=options.nproc_per_node)
     if options.confusion is not None:

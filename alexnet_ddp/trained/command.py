@@ -39,6 +39,13 @@ def overrides_among(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, [word for word in words if word not in overrides]
 
 
+def check_crops(overrides: Sequence[str]) -> None:
+    """Raises UserError where the number of crops is asked for as in a recipe: of commands it is a flag."""
+    for text in overrides:
+        if text.partition("=")[0] in ("crops", "evaluate.crops"):
+            raise UserError(f"{text}: the number of crops is a flag here: --crops 10 (or 1). In training there is one.")
+
+
 @contextlib.contextmanager
 def group(device: str) -> Iterator[World]:
     """The ranks that torchrun started, or a group of one. Raises UserError on all ranks alike."""

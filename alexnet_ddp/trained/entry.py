@@ -24,7 +24,7 @@ from alexnet_ddp.models.source import BEST_RECORD, Source, find
 from alexnet_ddp.models.weights import published
 from alexnet_ddp.runfiles import METRICS
 from alexnet_ddp.sinks import read_records
-from alexnet_ddp.trained.exported import ExportedNet
+from alexnet_ddp.trained.graph import ExportedNet
 from alexnet_ddp.trained.model import NOWHERE, load_model
 
 

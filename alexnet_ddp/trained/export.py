@@ -26,7 +26,8 @@ from torch.export import Dim, ExportedProgram
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.trained import packed_weights, parity
-from alexnet_ddp.trained.exported import EXTRA, INPUT, OUTPUT, TOLD, ExportedNet, Precision, Told, onnx_runtime, quiet
+from alexnet_ddp.trained.exported import EXTRA, INPUT, OUTPUT, TOLD, Precision, Told, onnx_runtime, quiet
+from alexnet_ddp.trained.graph import ExportedNet
 from alexnet_ddp.trained.model import Model, load_model
 from alexnet_ddp.trained.parity import HALF_TOLERANCE, TOLERANCE, Parity
 

@@ -28,7 +28,7 @@ def stem(spec: str, model: Model) -> str:
 def parser() -> Parser:
     made = Parser(prog="alexnet-ddp export", description="A trained net as a file that others run. Before it gets its "
                   "name it is opened, and its logits are compared with the checkpoint's.")
-    made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP}; not with --rollback")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="as in a recipe, where weights don't say it")
     made.add_argument("--format", choices=get_args(Format), default="onnx", help="default: onnx")
     made.add_argument("--half", action="store_true", help="weights and sums in fp16; it takes and gives float32 still")
@@ -51,6 +51,8 @@ def main(words: list[str]) -> int:
     if any(word.startswith("--ro") and "--rollback".startswith(word) for word in words):  # or its beginning
         return _rollback(words)
     options = parser().parse_intermixed_args(words)
+    if options.model is None:
+        raise UserError("export takes a MODEL. See: alexnet-ddp export --help")
     if options.repo is None and options.name is not None:
         raise UserError("--name is a model's in a repository: use it with --repo DIR, or --out FILE for a file.")
     if options.repo is not None and (options.out or options.format != "onnx"):

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
 from alexnet_ddp import __version__
@@ -32,6 +32,7 @@ from alexnet_ddp.checkpoint import files
 from alexnet_ddp.config import Config
 from alexnet_ddp.errors import UserError, first_line
 from alexnet_ddp.models.source import Source
+from alexnet_ddp.trained.graph import ExportedNet, Signature
 from alexnet_ddp.trained.model import NAMELESS, Model, changed, config_in_use
 from alexnet_ddp.trained.packed_weights import MARK, VERSION, Packed, parse
 from alexnet_ddp.trained.preprocessing import Preprocessing
@@ -78,42 +79,6 @@ def read_told(texts: Mapping[str, str], *, where: str) -> Packed | None:
 
 
 # --- the files as nets ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Of a graph: images [batch, channels, height, width] -> logits [batch, classes]; None is what may be any."""
-
-    batch: int | None
-    channels: int | None
-    sides: tuple[int | None, int | None]
-    classes: int | None
-
-
-class ExportedNet(nn.Module):
-    """Runs an exported graph as a net that takes any number of images, also where the graph's batch is fixed.
-
-    float32 [n, channels, size, size] -> logits float32 [n, classes]. It has no training mode.
-    """
-
-    def __init__(self, run: Callable[[Tensor], Tensor], *, signature: Signature, classes: int) -> None:
-        super().__init__()
-        self.run, self.signature, self.classes = run, signature, classes  # a module among them becomes a part of this
-
-    def train(self, mode: bool = True) -> ExportedNet:
-        self.training = mode  # and no further: a program of torch.export refuses to be asked
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        batch = self.signature.batch
-        images = images.contiguous()
-        if not len(images):
-            return images.new_zeros(0, self.classes, dtype=torch.float32)
-        if batch is None:
-            return self.run(images)
-        missing = -len(images) % batch
-        whole = torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
-        return torch.cat([self.run(part) for part in whole.split(batch)])[:len(images)]
 
 
 def open_exported(source: Source, overrides: Sequence[str], device: torch.device) -> Model:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_ddp.errors import UserError
+from alexnet_ddp.trained.graph import refuse_graph
 
 SHOWN = 12  # names that a message lists
 
@@ -37,11 +38,7 @@ def find_layer(net: nn.Module, name: str) -> Layer:
     it are `classifier.1` and `classifier.4` (alexnet_paper: 0 and 3). Raises UserError that lists what is near, and for
     exported nets.
     """
-    from alexnet_ddp.trained.exported import ExportedNet
-
-    if isinstance(net, ExportedNet):
-        raise UserError(f"--layer {name}: an exported net is one graph, whose layers can't be read. Name the run or "
-                        "the weights that it was exported from.")
+    refuse_graph(net, where=f"--layer {name}", done="read")
     named = _aliases(net)
     if name in named:
         return named[name]
@@ -50,10 +47,10 @@ def find_layer(net: nn.Module, name: str) -> Layer:
         return Layer(name, name)
     leaves = [module for module, child in net.named_modules() if module and not list(child.children())]
     near = difflib.get_close_matches(name, [*named, *modules], n=3, cutoff=0.5)
-    there = [*named, *(near or leaves)]
-    more = "" if near or len(there) <= SHOWN else f" and {len(there) - SHOWN} more"
+    there = list(dict.fromkeys([*named, *near, *leaves]))
+    more = "" if len(there) <= SHOWN else f" and {len(there) - SHOWN} more"
     raise UserError(f"--layer: this net has no '{name}'." + (f" Did you mean {' or '.join(near)}?" if near else "") +
-                    f" Any module's name will do: {', '.join(list(dict.fromkeys(there))[:SHOWN])}{more}.")
+                    f" There are: {', '.join(there[:SHOWN])}{more}; any module's name will do.")
 
 
 def _aliases(net: nn.Module) -> dict[str, Layer]:

@@ -35,6 +35,7 @@ def main(words: list[str]) -> int:
                         ".svg")
     options = parser.parse_intermixed_args(words)
     overrides, places = command.overrides_among(options.overrides)
+    command.check_crops(overrides)
     if not places:
         raise UserError("predict takes pictures: files, folders or tars, after the MODEL.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -28,7 +28,8 @@ from alexnet_ddp.models import sparsity
 from alexnet_ddp.models.fitting import last_layer
 from alexnet_ddp.models.source import BEST
 from alexnet_ddp.models.sparsity import Layer, Sparsity
-from alexnet_ddp.models.weights import read_weights
+from alexnet_ddp.models.weights import RECIPE, read_weights
+from alexnet_ddp.trained.graph import refuse_graph
 from alexnet_ddp.trained.model import Model, load_model
 
 # weights   the smallest of all weights of all convolutions and linear layers, ranked together by magnitude
@@ -42,12 +43,13 @@ def prune(model: Model, *, amount: float, structure: Structure = "weights") -> M
     """A copy of the model in which this share of the weights, or of each layer's channels, is zero; the model stays.
 
     A channel's bias stays too: with its weights at zero it gives out a constant. Raises UserError for a share that
-    isn't between 0 and 1, for one that leaves a layer no channel, and for a quantized net.
+    isn't between 0 and 1, for one that leaves a layer no channel, and for a quantized or an exported net.
     """
     check_amount(amount)
     if model.quantization is not None:
         raise UserError(f"{model.where} is quantized ({model.quantization['scheme']}): prune the net that it was made "
                         "from, and quantize the result.")
+    refuse_graph(model.net, where=model.where, done="pruned")
     net = copy.deepcopy(model.net).to(memory_format=torch.contiguous_format)  # torch's masks are views of one row
     named = dict(sparsity.layers(net))
     if not named:
@@ -100,7 +102,12 @@ def tuning(path: str, overrides: Sequence[str]) -> Config:
     if "name" not in given:
         tree["name"] = f"{tree.get('name') or Path(path).stem}-pruned"
     start = Path(str(tree.get("runs", "runs"))) / f"{tree['name']}-start.safetensors"
-    return recipes.build({**tree, "init_from": str(start), "sparsity": "keep"})
+    config = recipes.build({**tree, "init_from": str(start), "sparsity": "keep"})
+    there = config.run_dir / RECIPE
+    if there.is_file() and dialect.read_yaml(there).get("init_from") != str(start):
+        raise UserError(f"{config.run_dir} is a run that did not begin with a net pruned by --finetune. Give the one "
+                        f"that trains the pruned net on a name of its own: name={config.name}_2")
+    return config
 
 
 def tune(model: Model, path: str, overrides: Sequence[str], *, flags: Sequence[str] = ()) -> tuple[int, Model | None]:
@@ -174,12 +181,12 @@ def main(words: list[str]) -> int:
         if not any(text.startswith("data.val=") for text in overrides):
             overrides.append(_override("data.val", config.data.val))
     model = load_model(options.model, overrides, device=device)
+    shrinkage.check_held_out(model)  # with --finetune hours before it is needed
+    result = prune(model, amount=options.amount, structure="channels" if options.structured else "weights")
     print(f"{model.where}: {'channels' if options.structured else 'weights'} pruned by {options.amount:g}", flush=True)
     command.tell_notes(model.notes)
-    result = prune(model, amount=options.amount, structure="channels" if options.structured else "weights")
     models = [("as it is", model), ("pruned", result)]
     if options.finetune is not None:
-        shrinkage.check_held_out(model)  # hours before it is needed
         flags = [] if options.nproc_per_node is None else ["--nproc-per-node", options.nproc_per_node]
         code, tuned = tune(result, options.finetune, options.overrides, flags=flags)
         if tuned is None:

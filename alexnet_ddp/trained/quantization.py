@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.models.weights import Weights
+from alexnet_ddp.trained.graph import refuse_graph
 from alexnet_ddp.trained.model import Model, load_model
 
 # int8-dynamic      weights int8, one scale a row (output); each forward rounds every sample's activations to int8, with
@@ -48,7 +49,7 @@ class Layers:
 def quantize(model: Model, *, scheme: str) -> Model:
     """A copy of the model whose linear layers are quantized; the model itself stays as it is.
 
-    Raises UserError for an unknown scheme, a net that is quantized already, one without linear layers, and where
+    Raises UserError for an unknown scheme, a net that is quantized already, an exported one, one without linear layers, and where
     torchao isn't installed.
     """
     torchao = load_torchao()
@@ -57,6 +58,7 @@ def quantize(model: Model, *, scheme: str) -> Model:
     if model.quantization is not None:
         raise UserError(f"{model.where} is quantized already ({model.quantization['scheme']}). Quantize the net that "
                         "it was made from.")
+    refuse_graph(model.net, where=model.where, done="quantized")
     layers = _linear(model.net)
     if not layers:
         raise UserError(f"{model.name} has no linear layer, and torchao's int8 schemes quantize nothing else.")
@@ -185,10 +187,10 @@ def main(words: list[str]) -> int:
     if options.out is not None:
         packed_weights.check_path(options.out)
     model = load_model(options.model, options.overrides, device=device)
-    print(f"{model.where}: {options.scheme}", flush=True)
-    command.tell_notes(model.notes)
     shrinkage.check_held_out(model)
     smaller = quantize(model, scheme=options.scheme)
+    print(f"{model.where}: {options.scheme}", flush=True)
+    command.tell_notes(model.notes)
     models = [("as it is", model), (options.scheme, smaller)]
     measured = shrinkage.measure(models, seconds=options.seconds)
     if (after := measured[1].evaluation) is not None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from alexnet_ddp.data.index import open_index
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 from alexnet_ddp.models import create_model
 from alexnet_ddp.trained import feature_file, feature_work, features, probe
-from alexnet_ddp.trained.exported import ExportedNet, Signature
 from alexnet_ddp.trained.feature_file import Features, Names, Part
 from alexnet_ddp.trained.features import extract_features
+from alexnet_ddp.trained.graph import ExportedNet, Signature
 from alexnet_ddp.trained.layers import Tap, find_layer
 from alexnet_ddp.trained.probe import linear_probe
+from alexnet_ddp.trained.pruning import prune
+from alexnet_ddp.trained.quantization import quantize
 from trained_nets import Trained
 
 ALEXNETS = ["alexnet_single", "alexnet_paper", "alexnet_bn", "alexnet_torchvision", "torchvision:alexnet"]
@@ -82,10 +85,16 @@ def test_other_layers() -> None:
 
 
 def test_exported_nets_have_no_layers() -> None:
-    """They are refused by what they are, not with an empty list of names."""
+    """They are refused by what they are, not with an empty list of names: neither read, nor quantized, nor pruned."""
     net = ExportedNet(lambda images: images, signature=Signature(None, 3, (64, 64), 5), classes=5)
     with pytest.raises(UserError, match="fc7: an exported net is one graph.*exported from"):
         find_layer(net, "fc7")
+    model = replace(load_model("alexnet_single", ["model.width=0.1", "model.num_classes=5", "augment.size=64"]),
+                    net=net, where="net.onnx")
+    with pytest.raises(UserError, match="net.onnx: an exported net is one graph.*quantized.*exported from"):
+        quantize(model, scheme="int8-weight-only")
+    with pytest.raises(UserError, match="net.onnx: an exported net is one graph.*pruned.*exported from"):
+        prune(model, amount=0.2)
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -88,6 +88,18 @@ def test_the_recipe_of_training_on() -> None:
         tuning("configs/demo.yaml", ["sparsity=free", "init_from=x"])
 
 
+def test_a_run_of_that_name_is_not_taken(tmp_path: Path) -> None:
+    """A run that began with something else is refused at once, with another name; one that began so goes on."""
+    words = [f"runs={tmp_path}", "name=mine"]
+    config = tuning("configs/demo.yaml", words)
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text("init_from: null\n")
+    with pytest.raises(UserError, match="did not begin with a net pruned.*name=mine_2"):
+        tuning("configs/demo.yaml", words)
+    (config.run_dir / "config.yaml").write_text(f"init_from: {config.init_from}\n")
+    assert tuning("configs/demo.yaml", words) == config
+
+
 def test_prune_train_on_and_evaluate(trained: Trained, tmp_path: Path) -> None:
     """The command, from a run to a file: three rows of measurements, zeros as many as were pruned, a file that opens
     with the run's classes and the told accuracy. The same command goes on (here: is finished): to

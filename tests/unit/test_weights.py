@@ -140,6 +140,7 @@ def test_runs_that_have_not_got_what_is_asked_for(run: Path, tmp_path: Path, mon
     assert f"Did you mean {run}?" in refused(run.with_name("bse"))
     monkeypatch.chdir(tmp_path)
     assert "Did you mean runs/base?" in refused("base")
+    assert "Did you mean the net alexnet_single?" in refused("alexnet_singel")
     assert "names a net, which has no weights" in refused("alexnet_single")
 
 
