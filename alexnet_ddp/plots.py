@@ -22,7 +22,7 @@ def check(out: str, *, flag: str, otherwise: str = "") -> None:
 
     `flag`: that names the file. `otherwise`: what there is without it.
     """
-    path = Path(out).expanduser()
+    path = Path(os.path.expanduser(out))
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{flag} takes a name that ends in {' or '.join(FORMATS)}, got '{out}'.")
     problem = errno.EISDIR if path.is_dir() else errno.ENOENT if not path.parent.is_dir() else 0
@@ -45,7 +45,7 @@ def figure(path: Path, *, flag: str, size: tuple[float, float]) -> Iterator[Figu
     drawn = blank(*size)
     yield drawn
     try:
-        write(drawn, path.expanduser())
+        write(drawn, Path(os.path.expanduser(path)))
     except OSError as error:
         raise UserError(f"{flag} {path} can't be written: {error.strerror or error}.") from None
 
@@ -67,6 +67,7 @@ def write(drawn: Figure, path: Path, *, dpi: int = 100) -> None:
 
 def caption(text: str, *, room: int, keep: Literal["beginning", "end"] = "beginning") -> str:
     """At most `room` characters of a text that isn't ours, to be drawn: `$` would begin a formula. Pure."""
+    text = " ".join(text.split())
     if len(text) > room:
         text = f"{text[:room - 3]}..." if keep == "beginning" else f"...{text[3 - room:]}"
     return text.replace("$", r"\$")

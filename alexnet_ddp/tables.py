@@ -9,6 +9,7 @@ from typing import TextIO
 
 def markdown(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Rows of cells, the first the heads; the first `left` columns are flush left, the others right. Pure."""
+    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]  # names that aren't ours
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     drawn = ["| " + " | ".join(cell.ljust(width) if place < left else cell.rjust(width)
                                for place, (cell, width) in enumerate(zip(row, widths, strict=True))) + " |"

@@ -5,16 +5,21 @@ Tensors are written in the safetensors format (never pickle) straight from their
 lock for most of a second per 250 MB; reading goes through the library, which so checks what we write.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from alexnet_ddp.errors import UserError
 
 # Bytes hashed or written at once: with small pieces a thread starves behind a busy main thread (256 KiB: 20
 # times slower).
@@ -142,3 +147,20 @@ def clean(directory: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, *, otherwise: str) -> Iterator[None]:
+    """The file's lock, held by one process at a time and given back by the system if that is killed.
+
+    Raises UserError, `otherwise`, where another holds it. On a file system without locks everybody gets it.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(otherwise) from None
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+        yield

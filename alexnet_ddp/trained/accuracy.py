@@ -103,7 +103,8 @@ def facts(model: Model, source: Source, outcomes: Outcomes, *, crops: int) -> di
     record = {name: None if isinstance(value, float) and not math.isfinite(value) else value
               for name, value in record_of(outcomes.evaluation).items()}
     return {"model": model.where, **{name: model.facts.get(name) for name in ("path", "sha256", "step")},
-            "data": str(index.source), "identity": index.identity, "classes": model.num_classes, "crops": crops,
+            "data": str(index.source), "identity": index.identity, "classes": model.num_classes,
+            "data_classes": len(index.classes), "crops": crops,
             "preprocessing": model.preprocessing.plain(), "stored": source.stored, **record,
             "damaged_images": [{"sample": sample, "where": index.where(sample), "reason": reason}
                                for sample, reason in outcomes.reasons.items()]}
@@ -113,7 +114,8 @@ def summary(told: dict[str, Any], notes: Sequence[str]) -> list[str]:
     """Lines for a person."""
     samples, damaged = told["samples"], told["damaged_images"]
     rows = [("model", told["model"]),
-            ("data", f"{told['data']}: {counted(samples, 'image')} of {counted(told['classes'], 'class', 'classes')}"),
+            ("data", f"{told['data']}: {counted(samples, 'image')} of "
+                     f"{counted(told['data_classes'], 'class', 'classes')}"),
             ("crops", "1, the centre" if told["crops"] == 1 else "10, softmax averaged"),
             ("top-1", f"{told['top1']:8.3%}   {told['correct1']:,} right")]
     if told["classes"] > 5:

@@ -106,6 +106,7 @@ def _check(model: Model, out: Path, *, format: Format, precision: Precision, rep
                         "know. Use --format torch-export, or quantize with --scheme int8-weight-only.")
     if not out.parent.is_dir():
         raise UserError(f"There is no folder {out.parent}. Make it, or name another.")
+    packed_weights.check_folder(out)
     if format == "onnx":
         try:
             import onnx  # noqa: F401
@@ -130,7 +131,7 @@ def _write(model: Model, path: Path, *, format: Format, told: Told, batch: int |
     """Writes and flushes the file; returns its size in bytes. Raises OSError, UserError."""
     if format == "safetensors":
         half = told.precision == "fp16"
-        return packed_weights.write(path, packed=told, tensors={
+        return packed_weights.write_to(path, packed=told, tensors={
             name: tensor.half() if half and tensor.is_floating_point() else tensor
             for name, tensor in model.tensors().items()}).bytes
     with quiet(), torch.no_grad():

@@ -9,7 +9,7 @@ from typing import get_args
 
 from alexnet_ddp.errors import EXIT_FINISHED, UserError
 from alexnet_ddp.models.source import find
-from alexnet_ddp.trained.command import MODEL_HELP, tell_notes
+from alexnet_ddp.trained.command import MODEL_HELP, overrides_among, tell_notes
 from alexnet_ddp.trained.export import SUFFIXES, Exported, Format, export
 from alexnet_ddp.trained.model import Model, load_model
 from alexnet_ddp.trained.parity import HALF_TOLERANCE, TOLERANCE
@@ -51,6 +51,8 @@ def main(words: list[str]) -> int:
     if any(word.startswith("--ro") and "--rollback".startswith(word) for word in words):  # or its beginning
         return _rollback(words)
     options = parser().parse_intermixed_args(words)
+    swallowed, options.images = overrides_among(options.images)  # --images takes all words that follow it
+    options.overrides += swallowed
     if options.model is None:
         raise UserError("export takes a MODEL. See: alexnet-ddp export --help")
     if options.repo is None and options.name is not None:

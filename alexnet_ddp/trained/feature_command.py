@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from alexnet_ddp.distributed import everywhere, first_on_node
@@ -9,7 +10,7 @@ from alexnet_ddp.errors import EXIT_FINISHED
 from alexnet_ddp.trained import command
 from alexnet_ddp.trained.feature_file import DTYPES, read_features
 from alexnet_ddp.trained.feature_work import PART, plan
-from alexnet_ddp.trained.features import assemble, compute, open_photographs, told
+from alexnet_ddp.trained.features import assemble, claim, compute, open_photographs, told
 from alexnet_ddp.trained.probe import check_probe, linear_probe
 from alexnet_ddp.words import Parser
 
@@ -40,19 +41,22 @@ def main(words: list[str]) -> int:
     options = parser.parse_intermixed_args(words)
     if options.nproc_per_node is not None:
         return command.on_ranks("features", words, ranks=options.nproc_per_node)
-    with command.group(options.device) as world:
-        model = command.load_on_all(world, options.model, options.overrides)
-        if world.rank == 0:
-            command.tell_notes(model.notes)
-        source = first_on_node(world, lambda: open_photographs(options.data, model))
-        with source:
-            work = everywhere(world, lambda: plan(model, source, layer=options.layer, out=options.out,
-                                                  dtype=options.dtype, part=options.part))
+    with ExitStack() as held:
+        with command.group(options.device) as world:
+            model = command.load_on_all(world, options.model, options.overrides)
+            if world.rank == 0:
+                command.tell_notes(model.notes)
+            source = first_on_node(world, lambda: open_photographs(options.data, model))
+            with source:
+                work = everywhere(world, lambda: plan(model, source, layer=options.layer, out=options.out,
+                                                      dtype=options.dtype, part=options.part))
+                if options.linear_probe:
+                    everywhere(world, lambda: check_probe(options.linear_probe, work.task,
+                                                          classes=source.index.classes))
+                claim(work, held, world=world)
+                compute(work, model, source, world=world)
+        if world.rank == 0:  # the others needn't wait for it
+            print(told(work, assemble(work, source), source))
             if options.linear_probe:
-                everywhere(world, lambda: check_probe(options.linear_probe, work.task, classes=source.index.classes))
-            compute(work, model, source, world=world)
-    if world.rank == 0:  # the others needn't wait for it
-        print(told(work, assemble(work, source), source))
-        if options.linear_probe:
-            print(linear_probe(read_features(options.linear_probe), read_features(options.out)).told)
+                print(linear_probe(read_features(options.linear_probe), read_features(options.out)).told)
     return EXIT_FINISHED

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.data.index import Index
 from alexnet_ddp.errors import UserError
+from alexnet_ddp.trained import packed_weights
 
 FORMAT = "alexnet-ddp features 1"
 DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {"float32": ("F32", np.dtype(np.float32)),
@@ -215,7 +216,7 @@ def _sha256(part: Part) -> str:
 
 def write_whole(path: Path, *, index: Index, task: dict[str, Any], dimension: int, dtype: str, damaged: dict[int, str],
                 parts: Callable[[], Iterator[Part]]) -> files.Written:
-    """Writes the file in one go from `parts`, in order, of which it holds one at a time. Atomic. Raises OSError."""
+    """Writes the file in one go from `parts`, in order, of which it holds one at a time. Atomic. Raises UserError."""
     names = [index.name(sample).encode() for sample in range(len(index))]
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
     shapes = {"labels": ("I64", [len(index)]), "name_ends": ("I64", [len(index)]),
@@ -243,16 +244,5 @@ def write_whole(path: Path, *, index: Index, task: dict[str, Any], dimension: in
         yield b"".join(rows.tobytes() for rows in whole)
         yield b"".join(names)
 
-    fresh = fresh_path(path)
-    try:
-        written = files.write(fresh, pieces=pieces())
-        os.replace(fresh, path)
-    finally:  # it would take the room that going on needs
-        fresh.unlink(missing_ok=True)
-    files.sync_directory(path.parent)
-    return written
-
-
-def fresh_path(path: Path) -> Path:
-    """Where `write_whole` writes before the file has its name; a kill leaves it there."""
-    return path.with_name(f".tmp-{path.name}")
+    with packed_weights.replacing(path) as fresh:
+        return files.write(fresh, pieces=pieces())

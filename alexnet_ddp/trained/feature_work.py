@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +19,15 @@ from alexnet_ddp.amounts import human_bytes
 from alexnet_ddp.checkpoint import files
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.evaluate import TILE
-from alexnet_ddp.trained.feature_file import DTYPES, FRESH, Part, fresh_path, part_path, read_part, task_of
+from alexnet_ddp.trained import packed_weights
+from alexnet_ddp.trained.feature_file import DTYPES, FRESH, Part, part_path, read_part, task_of
 from alexnet_ddp.trained.layers import Layer, Tap, find_layer
 from alexnet_ddp.trained.model import Model
 from alexnet_ddp.trained.tiles import Source
 
 PART = 1024  # samples in a part, where that isn't more than PART_BYTES
 PART_BYTES = 64e6
-TASK = "task.json"
+TASK, LOCK = "task.json", "lock"
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,27 @@ def weights_id(model: Model) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def claimed(work: Work) -> Iterator[None]:
+    """For the process that prepares and assembles: no other one may be at work there. Raises UserError where it is."""
+    if work.out.exists():
+        yield
+        return
+    with ExitStack() as held:
+        try:
+            work.folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.locked(work.folder / LOCK, otherwise=f"{work.folder}: another process is "
+                                            "computing features there. Wait for it, or choose another --out."))
+        except OSError as error:
+            raise UserError(f"{work.folder} can't be written: {error.strerror or error}. Choose another --out.") from (
+                None)
+        yield
+
+
 def prepare(work: Work) -> list[int] | None:
     """Parts that are there, as far as their names tell, in a folder made for them; None where the whole is done.
 
-    Removes what a kill has left half written; no other process may be at work there. Raises UserError where other
+    Removes what a kill has left half written: call it where the work is `claimed`. Raises UserError where other
     features are, or where there is no room.
     """
     if work.out.exists():
@@ -118,15 +138,15 @@ def prepare(work: Work) -> list[int] | None:
     task, told = {**work.task, "part": work.part}, work.folder / TASK
     try:
         work.folder.mkdir(parents=True, exist_ok=True)
-        begun = dict(json.loads(told.read_text())) if told.exists() else task
-        if not told.exists():
-            files.replace(told, content=json.dumps(task, indent=1).encode() + b"\n")
-        _refuse_others(task, begun, work.folder, "is the beginning of")
-        for left in (fresh_path(work.out), *work.folder.glob(f"{FRESH}*")):
+        is_new = not told.exists()
+        _refuse_others(task, task if is_new else dict(json.loads(told.read_text())), work.folder, "is the beginning of")
+        for left in (*packed_weights.left_over(work.out), *work.folder.glob(f"{FRESH}*")):
             left.unlink(missing_ok=True)
         there = [number for number in range(work.parts) if part_path(work.folder, number).exists()]
         needed = work.bytes * (work.parts - len(there)) / max(1, work.parts) + work.bytes
         free = shutil.disk_usage(work.folder).free
+        if is_new and needed <= free:
+            files.replace(told, content=json.dumps(task, indent=1).encode() + b"\n")
     except UserError:  # a ValueError, too
         raise
     except OSError as error:
@@ -134,8 +154,12 @@ def prepare(work: Work) -> list[int] | None:
     except (ValueError, TypeError):
         raise UserError(f"{told} is damaged. Remove {work.folder} and start over.") from None
     if needed > free:
+        smaller = ""
+        if is_new:
+            shutil.rmtree(work.folder, ignore_errors=True)
+            smaller = ", or --dtype float16" if work.dtype == "float32" else ""
         raise UserError(f"{work.out} and its parts need {human_bytes(needed)} for a while, {human_bytes(free)} are "
-                        "free there. Choose another --out, or --dtype float16.")
+                        f"free there. Choose another --out{smaller}.")
     return there
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ from alexnet_ddp.trained.feature_file import (
     write_part,
     write_whole,
 )
-from alexnet_ddp.trained.feature_work import PART, Work, plan, prepare
+from alexnet_ddp.trained.feature_work import PART, Work, claimed, plan, prepare
 from alexnet_ddp.trained.layers import Tap
 from alexnet_ddp.trained.model import Model
 from alexnet_ddp.trained.tiles import Source, stage_of, tiles
@@ -55,8 +56,9 @@ def extract_features(model: Model, data: str, *, layer: str, out: str | Path, dt
     a `world`; rank 0 then returns the file's path, the others None, without waiting for it. Raises UserError: no such
     layer, other features under the same name, no room.
     """
-    with open_photographs(data, model) as source:
+    with open_photographs(data, model) as source, ExitStack() as held:
         work = _all(world, lambda: plan(model, source, layer=layer, out=Path(out), dtype=dtype, part=part))
+        claim(work, held, world=world)
         compute(work, model, source, world=world)
         if world is not None and world.rank:
             return None
@@ -75,6 +77,14 @@ def open_photographs(place: str, model: Model) -> Source:
 
 def _all(world: World | None, work: Callable[[], T]) -> T:
     return work() if world is None else everywhere(world, work)
+
+
+def claim(work: Work, held: ExitStack, *, world: World | None = None) -> None:
+    """Has rank 0 hold the work until `held` is closed; collective. Raises UserError where another process does."""
+    def take() -> None:
+        held.enter_context(claimed(work))
+
+    take() if world is None else on_rank_0(world, take)
 
 
 def compute(work: Work, model: Model, source: Source, *, world: World | None = None) -> int:

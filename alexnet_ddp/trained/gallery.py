@@ -5,7 +5,9 @@ Drawn with matplotlib (extra `plots`). PNG or SVG by the name's ending; the same
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +32,19 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Writes a picture, and the folder it lies in. Raises UserError."""
+def make_folder(path: Path) -> None:
+    """For pictures. Raises UserError where it can't be made, or nothing can be written to it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "it may not be written to")
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}. Choose another --out.") from None
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a picture. Raises UserError."""
+    try:
         plots.write(figure, path, dpi=150)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}. Choose another --out.") from None

@@ -33,6 +33,7 @@ def visualize(model: Model, run: Path | None, *, out: Path, kind: str = "png", m
     if kind not in KINDS:
         raise UserError(f"--format must be {' or '.join(KINDS)}, got '{kind}'.")
     plots.require("Pictures need")
+    gallery.make_folder(out)
     drawn: dict[str, Path] = {}
 
     def file(name: str) -> Path:

@@ -23,7 +23,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,13 @@ def check_path(path: Path) -> None:
         raise UserError(f"{path} exists already, and nothing is overwritten. Name another file, or remove it.")
     if not path.parent.is_dir():
         raise UserError(f"There is no folder {path.parent} to write {path.name} to. Make it first.")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Raises UserError where nothing can be written beside `path`: early, before what takes long."""
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} can't be written: its folder may not be written to. Name another place.")
 
 
 def write(path: Path, *, tensors: Mapping[str, Tensor], packed: Packed) -> files.Written:
@@ -77,10 +84,15 @@ def write(path: Path, *, tensors: Mapping[str, Tensor], packed: Packed) -> files
     Raises UserError when there is such a file already, or when it can't be written.
     """
     check_path(path)
+    with replacing(path) as fresh:
+        return write_to(fresh, tensors=tensors, packed=packed)
+
+
+def write_to(path: Path, *, tensors: Mapping[str, Tensor], packed: Packed) -> files.Written:
+    """`write` without the care for the name. Raises OSError."""
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     told = packed.metadata()
-    with replacing(path) as fresh:
-        return files.write_tensors(fresh, tensors=plain, metadata={**PYTORCH, **told, DIGEST: digest(plain, told)})
+    return files.write_tensors(path, tensors=plain, metadata={**PYTORCH, **told, DIGEST: digest(plain, told)})
 
 
 @contextmanager
@@ -99,12 +111,18 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} can't be written: {error.strerror or error}. Make room, or name another place.") from (
             None)
     finally:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):  # where it couldn't be made, it can't be removed
+            fresh.unlink(missing_ok=True)
+
+
+def left_over(path: Path) -> list[Path]:
+    """What writers of this file that were killed have left, and what living ones are writing."""
+    return list(path.parent.glob(f".tmp-*-{glob.escape(path.name)}"))
 
 
 def _sweep(path: Path) -> None:
     """Removes what killed writers of this file have left: they may run elsewhere, so only what is LEFT seconds old."""
-    for left in path.parent.glob(f".tmp-*-{glob.escape(path.name)}"):
+    for left in left_over(path):
         try:
             if time.time() - left.stat().st_mtime > LEFT:
                 left.unlink()

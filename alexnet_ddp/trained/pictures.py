@@ -96,7 +96,7 @@ def find_pictures(places: Sequence[str], *, stored: str) -> Pictures:
 
 
 def _at(place: str) -> Iterator[Picture]:
-    path = Path(place).expanduser()
+    path = Path(os.path.expanduser(place))
     if path.is_file() and not path.name.lower().endswith((".tar", *HOW_TO_DECOMPRESS)):
         yield Picture(text(os.fsencode(place)), str(path))
     elif path.is_dir():

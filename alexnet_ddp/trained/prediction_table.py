@@ -73,7 +73,7 @@ def _table() -> Callable[[Answer], None]:
         print(answer.where if answer.error is None else f"{answer.where}: {answer.error}")
         for guess in answer.guesses:
             also = "" if guess.name == guess.label else f"  ({guess.label})"
-            print(f"  {guess.probability:8.2%}  {guess.name}{also}")
+            print(f"  {guess.probability:8.2%}  {' '.join(f'{guess.name}{also}'.split())}")
 
     return tell
 

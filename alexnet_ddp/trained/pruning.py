@@ -26,7 +26,7 @@ from alexnet_ddp.config import Config
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
 from alexnet_ddp.models import sparsity
 from alexnet_ddp.models.fitting import last_layer
-from alexnet_ddp.models.source import BEST
+from alexnet_ddp.models.source import BEST, find
 from alexnet_ddp.models.sparsity import Layer, Sparsity
 from alexnet_ddp.models.weights import RECIPE, read_weights
 from alexnet_ddp.trained.graph import refuse_graph
@@ -177,7 +177,9 @@ def main(words: list[str]) -> int:
     overrides = list(options.overrides)
     if options.finetune is not None:  # of CONFIG are how it is trained on, and on what
         config = tuning(options.finetune, overrides)
-        overrides = [text for text in overrides if text.startswith(("model.", "data.val="))]
+        bare = find(options.model).kind in ("safetensors", "pickle") and read_weights(options.model).recipe is None
+        told = ("model.", "data.val=", *(("augment.", "evaluate.") if bare else ()))  # nobody else says how it sees
+        overrides = [text for text in overrides if text.startswith(told)]
         if not any(text.startswith("data.val=") for text in overrides):
             overrides.append(_override("data.val", config.data.val))
     model = load_model(options.model, overrides, device=device)

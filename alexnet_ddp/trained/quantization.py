@@ -49,8 +49,8 @@ class Layers:
 def quantize(model: Model, *, scheme: str) -> Model:
     """A copy of the model whose linear layers are quantized; the model itself stays as it is.
 
-    Raises UserError for an unknown scheme, a net that is quantized already, an exported one, one without linear layers, and where
-    torchao isn't installed.
+    Raises UserError for an unknown scheme, a net that is quantized already, an exported one, one without linear layers,
+    and where torchao isn't installed.
     """
     torchao = load_torchao()
     if scheme not in SCHEMES:

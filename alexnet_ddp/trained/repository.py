@@ -31,7 +31,10 @@ from alexnet_ddp.trained.packed_weights import LEFT
 
 CONFIG, LABELS, NET = "config.pbtxt", "labels.txt", "model.onnx"
 MAX_BATCH = 32  # images that the server puts together, until somebody writes another number into config.pbtxt
-SERVED = re.compile(r"^version_policy \{ specific \{ versions: \[ (\d+) \] \} \}$", re.MULTILINE)
+# Behind the version that is served, those that were before it, the newest first: by them --rollback goes back.
+SERVED = re.compile(r"^version_policy \{ specific \{ versions: \[ (\d+) \] \} \}(?: # before: ([\d ]+))?$",
+                    re.MULTILINE)
+REMEMBERED = 20  # versions
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,17 @@ def publish(model: Model, repository: Path, *, name: str, precision: Precision =
     folder = _folder(repository, name)
     tensors, labels = _tensors(model), "".join(" ".join(label.split()) + "\n" for label in model.spoken)
     before = _refuse_unlike(folder, tensors, labels)
-    staged = folder / f".tmp-{secrets.token_hex(4)}"
+    staged, made = folder / f".tmp-{secrets.token_hex(4)}", not repository.exists()
     try:
         staged.mkdir(parents=True)
         for left in folder.glob(".tmp-*/"):  # of exports that were killed
             if time.time() - left.stat().st_mtime > LEFT:
                 shutil.rmtree(left, ignore_errors=True)
-        done = export(model, staged / NET, format="onnx", precision=precision, batch=None, images=images,
-                      tolerance=tolerance)
+        try:
+            done = export(model, staged / NET, format="onnx", precision=precision, batch=None, images=images,
+                          tolerance=tolerance)
+        except UserError as mistake:  # for people it is the model's folder
+            raise UserError(str(mistake).replace(str(staged), str(folder))) from None
         if before is None or not (folder / LABELS).is_file():  # a killed export may have left other names
             files.replace(folder / LABELS, content=labels.encode())
         version = max(versions(folder), default=0) + 1
@@ -71,7 +77,7 @@ def publish(model: Model, repository: Path, *, name: str, precision: Precision =
         if before is None:
             files.replace(folder / CONFIG, content=_config(name, tensors, version).encode())
         else:
-            _serve(folder, version)
+            _serve(folder, version, before=[before, *_history(folder)])
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{folder} can't be written: {why}. Make room, or name another place.") from None
@@ -79,11 +85,13 @@ def publish(model: Model, repository: Path, *, name: str, precision: Precision =
         shutil.rmtree(staged, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # where it is empty
+            if made:
+                repository.rmdir()
     return Published(name, version, before, replace(done, path=folder / str(version) / NET))
 
 
 def rollback(repository: Path, *, name: str) -> tuple[int, int]:
-    """Has config.pbtxt name the version before the one that it names; returns (from, to).
+    """Has config.pbtxt name the version that was served before the one that it names; returns (from, to).
 
     Raises UserError where there is no such model or no older version.
     """
@@ -92,11 +100,14 @@ def rollback(repository: Path, *, name: str) -> tuple[int, int]:
     if served is None:
         others = ", ".join(sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}"))) or "none"
         raise UserError(f"{repository} has no model '{name}' of alexnet-ddp. There are: {others}.")
-    older = [version for version in versions(folder) if version < served]
-    if not older:
+    there, told = versions(folder), _history(folder)
+    before = [version for version in told if version in there and version != served]
+    if not told:  # by another hand, or of an earlier version of this program
+        before = sorted((version for version in there if version < served), reverse=True)[:1]
+    if not before:
         raise UserError(f"{name} is served in version {served}, and there is none before it in {folder}.")
-    _serve(folder, max(older))
-    return served, max(older)
+    _serve(folder, before[0], before=before[1:])
+    return served, before[0]
 
 
 def versions(folder: Path) -> list[int]:
@@ -159,8 +170,15 @@ max_batch_size: {MAX_BATCH}
 """
 
 
-def _policy(version: int) -> str:
-    return f"version_policy {{ specific {{ versions: [ {version} ] }} }}"
+def _policy(version: int, before: Sequence[int] = ()) -> str:
+    told = f" # before: {' '.join(map(str, before[:REMEMBERED]))}" if before else ""
+    return f"version_policy {{ specific {{ versions: [ {version} ] }} }}{told}"
+
+
+def _history(folder: Path) -> list[int]:
+    """The versions that were served before, the newest first."""
+    found = SERVED.search((folder / CONFIG).read_text())
+    return [int(word) for word in (found[2] or "").split()] if found else []
 
 
 def _refuse_unlike(folder: Path, tensors: str, labels: str) -> int | None:
@@ -201,10 +219,10 @@ def _served(folder: Path) -> int | None:
     return int(found[1])
 
 
-def _serve(folder: Path, version: int) -> None:
+def _serve(folder: Path, version: int, *, before: Sequence[int]) -> None:
     """In one step: a server, or a kill, meets the old text or the new."""
     path = folder / CONFIG
     try:
-        files.replace(path, content=SERVED.sub(_policy(version), path.read_text()).encode())
+        files.replace(path, content=SERVED.sub(_policy(version, before), path.read_text()).encode())
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}.") from None

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import harness
-from alexnet_ddp import cli, load_model
+from alexnet_ddp import cli, load_model, tables
 from alexnet_ddp.errors import EXIT_INTERRUPTED, EXIT_USER
 from alexnet_ddp.evaluate import TILE
 from alexnet_ddp.trained import evaluation
@@ -115,6 +115,12 @@ def test_answers_are_those_of_the_net(trained: Trained, some: Path) -> None:
     assert np.array_equal(found.ranks, (shares > shares[rows, labels][:, None]).sum(1))
     np.testing.assert_allclose(found.losses, -np.log(shares[rows, labels]), atol=1e-5)
     np.testing.assert_allclose(found.confidences, shares.max(1), atol=1e-6)
+
+
+def test_names_that_would_break_a_table() -> None:
+    """A line break or a bar in a class's name stays within its cell."""
+    row = tables.markdown([["class", "n"], ["two\nlines|bar", "1"]]).splitlines()[2]
+    assert row == "| two lines\\|bar |   1 |"
 
 
 def test_tables_are_counted_right() -> None:

@@ -18,6 +18,7 @@ import torch
 
 import harness
 from alexnet_ddp import cli, load_model, read_features
+from alexnet_ddp.checkpoint import files
 from alexnet_ddp.data.index import open_index
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_USER, UserError
 from alexnet_ddp.models import create_model
@@ -191,12 +192,29 @@ def test_no_room(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         extract(trained, trained.val, tmp_path / "x.safetensors", layer="fc6")
 
 
+def test_one_process_at_a_time(trained: Trained, tmp_path: Path) -> None:
+    """A second process with the same name is refused and changes nothing; where there is no room nothing is begun, so
+    that other features may be."""
+    out = tmp_path / "x.safetensors"
+    work = tmp_path / "x.safetensors.parts"
+    work.mkdir()
+    with files.locked(work / "lock", otherwise="held"), pytest.raises(UserError, match="another process is computing"):
+        extract(trained, trained.val, out)
+    assert [path.name for path in work.iterdir()] == ["lock"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_work.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+        with pytest.raises(UserError, match="or --dtype float16"):
+            extract(trained, trained.val, out)
+    assert not work.exists()
+    assert read_features(extract(trained, trained.val, out, dtype="float16")).features.dtype == np.float16
+
+
 def test_half_written_files_take_no_room(trained: Trained, val_file: Path, tmp_path: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kill left half written, of the whole and of a part, is gone before free space is asked for; a full disk
     leaves no half of the file behind."""
     out = tmp_path / "x.safetensors"
-    left = [tmp_path / ".tmp-x.safetensors", tmp_path / "x.safetensors.parts" / ".tmp-000003-0123abcd"]
+    left = [tmp_path / ".tmp-4567cdef-x.safetensors", tmp_path / "x.safetensors.parts" / ".tmp-000003-0123abcd"]
     asked = []
 
     def usage(path: Path) -> Any:
@@ -208,9 +226,9 @@ def test_half_written_files_take_no_room(trained: Trained, val_file: Path, tmp_p
 
     monkeypatch.setattr(feature_work.shutil, "disk_usage", usage)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="Make room"):
-        patch.setattr(feature_file.os, "fsync", lambda file: None if not left[0].exists() else full())
+        patch.setattr(os, "fsync", lambda file: full() if list(tmp_path.glob(".tmp-*")) else None)
         extract(trained, trained.val, out)
-    assert not left[0].exists() and left[1].parent.is_dir()
+    assert not list(tmp_path.glob(".tmp-*")) and left[1].parent.is_dir()
     for path in left:
         path.write_bytes(b"half")
     assert extract(trained, trained.val, out).read_bytes() == val_file.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -16,6 +17,7 @@ from alexnet_ddp import load_model
 from alexnet_ddp.errors import UserError
 from alexnet_ddp.models.fitting import put_into
 from alexnet_ddp.models.weights import read_weights
+from alexnet_ddp.trained import packed_weights
 from alexnet_ddp.trained.model import Model
 from trained_nets import Trained
 
@@ -106,3 +108,18 @@ def test_damage_and_other_versions_are_told(tmp_path: Path, part: str) -> None:
         load_model(path)
     with pytest.raises(UserError):
         read_weights(str(path))
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is refused before anything is computed; and a disk that turned read-only hides no message behind another."""
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="may not be written to"):
+        patch.setattr(os, "access", lambda *args: False)
+        packed_weights.check_path(tmp_path / "net.safetensors")
+
+    def read_only(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(UserError, match="can't be written: Read-only file system"), packed_weights.replacing(
+            tmp_path / "net.safetensors"):
+        read_only()

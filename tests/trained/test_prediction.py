@@ -153,6 +153,9 @@ def test_stages(trained: Trained, stored: str) -> None:
     (["GOOD", "--show", "no/where/x.png"], "can't be written: No such file"),
     (["GOOD", "--show", "x.pdf"], "--show takes a name that ends in .png or .svg"),
     (["GOOD", "model.widht=1"], "widht"),
+    (["~nobody-here/x.jpg"], "~nobody-here/x.jpg: nothing is there"),
+    (["GOOD", "--show", "~nobody-here/x.png"], "can't be written: No such file"),
+    (["GOOD", "crops=10"], "crops=10: the number of crops is a flag here"),
 ])
 def test_bad_words(trained: Trained, pictures: list[Path], tmp_path: Path, words: list[str], said: str,
                    capsys: pytest.CaptureFixture[str]) -> None:

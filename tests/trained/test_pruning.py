@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_ddp import config, load_model, seeds
+from alexnet_ddp import cli, config, load_model, seeds
 from alexnet_ddp.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, UserError
 from alexnet_ddp.models import sparsity
 from alexnet_ddp.trained import pruning, shrinkage
+from alexnet_ddp.trained.model import Model
 from alexnet_ddp.trained.pruning import prune, tune, tuning
 from alexnet_ddp.trained.quantization import quantize
 from trained_nets import Trained, command
@@ -86,6 +87,26 @@ def test_the_recipe_of_training_on() -> None:
                                                                 "keep")
     with pytest.raises(UserError, match="init_from, sparsity"):
         tuning("configs/demo.yaml", ["sparsity=free", "init_from=x"])
+
+
+def test_how_bare_weights_see_is_told_on_the_command_line(trained: Trained, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """--finetune takes key=value for CONFIG; of weights that don't say how they see, the net is opened by them too."""
+    model = load_model(trained.run)
+    torch.save(model.net.state_dict(), tmp_path / "bare.pth")
+    begun = []
+
+    def tune(pruned: Model, *args: object, **options: object) -> tuple[int, None]:
+        begun.append(pruned.preprocessing)
+        return EXIT_STOPPED, None
+
+    monkeypatch.setattr(pruning, "tune", tune)
+    size = model.preprocessing.size
+    assert cli.main(["prune", str(tmp_path / "bare.pth"), "--amount", "0.2", "--finetune", "configs/demo.yaml",
+                     f"data.val={trained.val}", f"model.name={model.name}", f"model.width={model.config.model.width}",
+                     f"model.num_classes={model.num_classes}", f"augment.size={size}", "augment.mean=[0.5,0.5,0.5]",
+                     "--device", "cpu", f"runs={tmp_path}"]) == EXIT_STOPPED
+    assert [(seen.size, seen.mean) for seen in begun] == [(size, (0.5, 0.5, 0.5))]
 
 
 def test_a_run_of_that_name_is_not_taken(tmp_path: Path) -> None:

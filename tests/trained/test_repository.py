@@ -4,6 +4,7 @@ That server can't run here: config.pbtxt is read as text of the published messag
 github.com/triton-inference-server/common), of which the fields that we write are declared below.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,16 @@ def test_versions_and_the_way_back(tmp_path: Path, quick: None, capsys: pytest.C
     assert "versions: [ 1 ]" in config.read_text() and versions(tmp_path / "net") == [1, 2, 3]
     done = publish(model, tmp_path, name="net")
     assert (done.version, done.before) == (4, 1)
-    assert config.read_text().endswith("instance_group [ { count: 2 } ]\n") and "versions: [ 4 ]" in config.read_text()
+    assert rollback(tmp_path, name="net") == (4, 1)  # not to 3, which was rolled back from
+    with pytest.raises(UserError, match="none before it"):
+        rollback(tmp_path, name="net")
+    assert [publish(model, tmp_path, name="net").before for _ in range(2)] == [1, 5]
+    shutil.rmtree(tmp_path / "net" / "5")
+    assert rollback(tmp_path, name="net") == (6, 1)  # 5 is gone
+    config.write_text(config.read_text().replace("versions: [ 1 ] } }", "versions: [ 4 ] } }"))  # by hand
+    assert rollback(tmp_path, name="net") == (4, 3)
+    assert publish(model, tmp_path, name="net").version == 7
+    assert config.read_text().endswith("instance_group [ { count: 2 } ]\n") and "versions: [ 7 ]" in config.read_text()
     assert cli.main([*words[:4], "other", "--rollback"]) == EXIT_USER
     assert "There are: net." in capsys.readouterr().err
 
@@ -141,7 +151,7 @@ def test_a_kill_before_the_switch(tmp_path: Path, quick: None, monkeypatch: pyte
     model = narrow()
     publish(model, tmp_path, name="net")
     with monkeypatch.context() as patch:
-        patch.setattr(repository, "_serve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(repository, "_serve", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             publish(model, tmp_path, name="net")
     assert "versions: [ 1 ]" in (tmp_path / "net" / "config.pbtxt").read_text()

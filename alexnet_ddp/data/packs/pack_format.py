@@ -13,20 +13,18 @@ Nothing in them depends on when, where or by how many threads they were made.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alexnet_ddp.checkpoint import files
 from alexnet_ddp.data.decoding.stages import CHANNELS, Stage
 from alexnet_ddp.data.index.table import IN_A_FILE, Table, is_clutter, text
 from alexnet_ddp.errors import UserError
@@ -181,19 +179,10 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Held by one process at a time, and given back by the system if that is killed. UserError where it is taken."""
-    with open(folder / LOCK, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"{folder}: another `alexnet-ddp data pack` is writing there. Wait for it, or give "
-                                f"another folder.") from None
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks
-                raise
-        yield
+def lock(folder: Path) -> AbstractContextManager[None]:
+    """Held by one process at a time. UserError where it is taken."""
+    return files.locked(folder / LOCK, otherwise=f"{folder}: another `alexnet-ddp data pack` is writing there. "
+                        "Wait for it, or give another folder.")
 
 
 # --- what a pack was made of ------------------------------------------------------------------------------------
