@@ -124,6 +124,8 @@ def claimed(work: Work) -> Iterator[None]:
             raise UserError(f"{work.folder} can't be written: {error.strerror or error}. Choose another --out.") from (
                 None)
         yield
+    if work.out.exists():
+        shutil.rmtree(work.folder, ignore_errors=True)  # NFS keeps a folder as long as the lock in it is open
 
 
 def prepare(work: Work) -> list[int] | None:
