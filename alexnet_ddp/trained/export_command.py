@@ -42,8 +42,8 @@ def parser() -> Parser:
     made.add_argument("--repo", metavar="DIR", help="write the net (onnx, any batch) as the next version of a model in "
                       "a repository of NVIDIA Triton Inference Server")
     made.add_argument("--name", metavar="NAME", help="what the model is called there (default: the model's name)")
-    made.add_argument("--rollback", action="store_true", help="with --repo and --name, without MODEL: serve the "
-                      "version before the one that is served")
+    made.add_argument("--rollback", action="store_true", help="with --repo and --name, without MODEL: serve what "
+                      "was served before")
     return made
 
 
@@ -85,7 +85,7 @@ def _publish(model: Model, options: Namespace) -> int:
 
 def _rollback(words: list[str]) -> int:
     """Which needs no model."""
-    made = Parser(prog="alexnet-ddp export", description="Back to the version before the one that is served.")
+    made = Parser(prog="alexnet-ddp export", description="Back to the version that was served before.")
     made.add_argument("--rollback", action="store_true")
     made.add_argument("--repo", metavar="DIR", required=True)
     made.add_argument("--name", metavar="NAME", required=True)

@@ -77,6 +77,7 @@ def publish(model: Model, repository: Path, *, name: str, precision: Precision =
         if before is None:
             files.replace(folder / CONFIG, content=_config(name, tensors, version).encode())
         else:
+            before = _served(folder) or before  # another export may have been served meanwhile
             _serve(folder, version, before=[before, *_history(folder)])
     except OSError as error:
         why = error.strerror or error

@@ -129,6 +129,22 @@ def test_versions_and_the_way_back(tmp_path: Path, quick: None, capsys: pytest.C
     assert "There are: net." in capsys.readouterr().err
 
 
+def test_an_export_while_another_is_made(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that another export had served meanwhile is the one that a rollback goes back to."""
+    model, export = narrow(), repository.export
+    publish(model, tmp_path, name="net")
+
+    def interrupted(*args: Any, **options: Any) -> Exported:
+        monkeypatch.setattr(repository, "export", export)
+        assert publish(model, tmp_path, name="net").version == 2
+        return export(*args, **options)
+
+    monkeypatch.setattr(repository, "export", interrupted)
+    done = publish(model, tmp_path, name="net")
+    assert (done.version, done.before) == (3, 2)
+    assert [rollback(tmp_path, name="net") for _ in range(2)] == [(3, 2), (2, 1)]
+
+
 def test_a_net_that_fails_parity_changes_nothing(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was served is served still; a model that there wasn't leaves no folder."""
     publish(narrow(), tmp_path, name="net")
